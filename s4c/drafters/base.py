@@ -1,0 +1,195 @@
+"""What a drafter does: guess a tree of continuations, and learn from the verdict.
+
+A drafter is one file of this room and one line of its table. It keeps its state per slot, as the target
+does. The engine calls, for each round,
+
+    tree = drafter.propose(sequences)          # candidates and probes
+    drafter.commit(tree, verdict, output)      # the accepted path and its features
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from s4c.models.base import Target
+from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.scores import DRAFT_STREAM, TARGET_STREAM, Scores
+from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
+
+
+@dataclass
+class Sequences:
+    """The running sequences as a drafter sees them; row b stands in slot b.
+
+    Attributes:
+        tokens: B lists of the committed tokens, prompt and output; the last one is the root.
+        roots: [B] int64, the last committed tokens.
+        positions: [B] int64, their positions (= the number of tokens that the target has cached).
+        scores: the processors and the noise of the requests.
+        sampled: whether children are to be drawn from the drafter's law with noise of their own (the
+            rejection rule) and not with the target's noise (the coupled rule). Requests at temperature 0
+            take the most probable children either way.
+        plan: shape and size of the tree.
+    """
+
+    tokens: list[list[int]]
+    roots: Tensor
+    positions: Tensor
+    scores: Scores
+    sampled: bool
+    plan: TreePlan
+
+
+class Drafter(ABC):
+    """A method that guesses what the target will write."""
+
+    name: ClassVar[str]
+    default_tree: str
+    """The tree that `--tree auto` stands for, as `TreePlan.parse` reads it."""
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of `length` tokens each; what is held stays."""
+
+    def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
+        """Start a sequence in a slot: [n] tokens of the prompt but its last, and their features [n, d]."""
+
+    @abstractmethod
+    def propose(self, sequences: Sequences) -> DraftTree:
+        """Guess a tree of continuations for each sequence."""
+
+    def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
+        """Take in what the round accepted, and the target's features on the way."""
+
+    def move(self, source: int, destination: int) -> None:
+        """Move the state of slot `source` to slot `destination`, whose sequence has ended."""
+
+
+@dataclass
+class TrainingBatch:
+    """Text that a target wrote, with what it thought on the way.
+
+    Attributes:
+        tokens: [B, T] int64, prompt and answer, padded at the end.
+        features: [B, T, d] float32, the target's feature at each token.
+        length: [B] int64, the number of tokens without padding.
+        answer_start: [B] int64, the index of the first token that the target wrote itself.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    length: Tensor
+    answer_start: Tensor
+
+
+@dataclass
+class Prediction:
+    """What one head says of every position of a training batch.
+
+    The logits come as a function, so that the loss pays for the positions that count and no others.
+
+    Attributes:
+        hidden: [B, T, h], what the drafter's LM head reads at each position (h is its own affair).
+        logits: maps any rows [M, h] of `hidden` to their logits [M, V'] over the drafter's vocabulary; at
+            position t they are those of token t + offset.
+        features: [B, T, d], the head's guess of the target's feature at position t + offset - 1, or None
+            where the method guesses none.
+        offset: how far ahead of its position a prediction looks.
+    """
+
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+    features: Tensor | None
+    offset: int
+
+
+class DraftModel(nn.Module, ABC):
+    """The trained part of a drafter: its weights, its training forward pass, its way into the engine.
+
+    Attributes:
+        config: a dataclass of plain values; it becomes the config.json of the checkpoint.
+        token_ids: [V'] int64 buffer, ascending: the target's token of each column of the drafter's logits.
+    """
+
+    config: Any
+    token_ids: Tensor
+
+    @abstractmethod
+    def predictions(self, batch: TrainingBatch) -> list[Prediction]:
+        """One prediction per head, in drafting order, the heads unrolled as in drafting."""
+
+    @abstractmethod
+    def drafter(self, target: Target, dtype: torch.dtype | None = None) -> Drafter:
+        """A drafter that runs on a copy of the present weights, in the target's dtype unless one is given."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table of drafters.
+
+    Attributes:
+        name: what users call it.
+        create: makes an untrained drafter (methods without weights) for a target; None for trained ones.
+        config: the configuration dataclass of a trained method; None where there is nothing to train.
+        model: makes the draft model from a target, a configuration and the draft vocabulary's token ids
+            [V']; its weights are those that training starts from. None where there is nothing to train.
+    """
+
+    name: str
+    create: Callable[[Target], Drafter] | None = None
+    config: type | None = None
+    model: Callable[[Target, Any, Tensor], DraftModel] | None = None
+
+
+def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids: Tensor | None = None) -> None:
+    """Grow a tree by the children of its frontier, as the rule of the round wants them drawn.
+
+    Under the coupled rule the children are the top k of log q plus the target's own noise. Under the
+    rejection rule they are draws without replacement from q, with noise of the drafter's own, in trees whose
+    shape does not depend on the draws, and the most probable tokens in `best` trees, whose shape would.
+
+    Args:
+        logits: [B, W, V'] float32, of the children of `builder.frontier`.
+        token_ids: [V'] int64, the target's token of each column; None for the whole vocabulary.
+    """
+    scores = sequences.scores
+    if scores.uses_history and builder.level:
+        on_path = ancestors(builder.parents)[:, :, 1:]
+        frontier = builder.frontier[..., None].expand(-1, -1, on_path.shape[-1])
+        processed = scores.process(logits, builder.tokens[:, 1:], on_path.gather(1, frontier), token_ids)
+    else:
+        processed = scores.process(logits, token_ids=token_ids)
+    draws = sequences.sampled and builder.plan.kind != "best" and not scores.greedy
+    noise = None
+    if draws or not sequences.sampled:
+        positions = (sequences.positions + builder.level + 1)[:, None].expand(-1, logits.shape[1])
+        noise = scores.noise(positions, DRAFT_STREAM if draws else TARGET_STREAM, token_ids)
+    law = None
+    if draws:
+        law = processed.log_softmax(-1)
+        if token_ids is not None:
+            law = law.new_full((*law.shape[:2], scores.vocab_size), -torch.inf).index_copy_(2, token_ids, law)
+    builder.extend(processed if noise is None else processed + noise, token_ids, law)
+
+
+def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:
+    """The grown tree, marked with how its children were drawn."""
+    if not sequences.sampled or builder.plan.kind == "best":
+        return builder.finish()
+    temperatures = [request.temperature for request in sequences.scores.params]
+    return builder.finish(torch.tensor(temperatures, device=sequences.roots.device) > 0)
+
+
+class NoDrafter(Drafter):
+    """Plain decoding: a tree of the root alone."""
+
+    name = "none"
+    default_tree = "chain:1"
+
+    def propose(self, sequences: Sequences) -> DraftTree:
+        return root_only(sequences.roots)

@@ -1,0 +1,404 @@
+"""S4C: a multi-head autoregressive drafter (arXiv 2506.14158).
+
+    f_t    the target's feature at position t, which predicts token t + 1
+    h1_t = head 1 of (embedding of x_t, f_{t-1})         guesses f_t, so its logits predict x_{t+1}
+    hi_t = head i of (embedding of x_t, h(i-1)_{t-1})    the same one step further from the truth
+
+Each head joins the pair by a linear layer (2d -> d) and passes it through decoder layers with a key-value
+cache of their own over past positions. At the root r, the last committed token, f_r is not known yet: head 1
+reads (x_r, f_{r-1}) and drafts level 1 of the tree, head 2 reads a level-1 token with h1_r and drafts level 2,
+and so on; past level H the last head goes on from its own output.
+
+The drafting is continuous: the features that the verification pass computed on the accepted path are the
+inputs of the heads at those positions. Each head takes them in with the same call that drafts, so a round
+costs one call per level, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s4c.drafters.base import (
+    Drafter,
+    DraftModel,
+    Method,
+    Prediction,
+    Sequences,
+    TrainingBatch,
+    extend,
+    finish,
+)
+from s4c.models.base import Target
+from s4c.models.cache import KVCache
+from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.tree import TreeBuilder
+
+LM_HEADS = ("tied", "own", "low-rank")
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class S4CConfig:
+    """Sizes and options of an S4C drafter.
+
+    Attributes:
+        heads: H, the number of heads (the paper: 3).
+        layers: decoder layers of each head.
+        draft_vocab: number of tokens that the drafter can propose, the most frequent ones; 0: all.
+        lm_head: `tied` reads the target's own LM head, `own` trains a copy of it, `low-rank` trains a
+            factorisation that starts from its best approximation of that rank.
+        rank: of a low-rank LM head.
+        normed_output: whether a head's output passes an RMS norm, as the target's features do.
+        head_dim, intermediate: of the decoder layers; intermediate 0 means 8/3 of the hidden size.
+        rope_theta: base of the rotary angles.
+        depth: levels that a tree has where none are asked for; 0 means H.
+    """
+
+    heads: int = 3
+    layers: int = 1
+    draft_vocab: int = 8192
+    lm_head: str = "tied"
+    rank: int = 128
+    normed_output: bool = False
+    head_dim: int = 64
+    intermediate: int = 0
+    rope_theta: float = 10000.0
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "layers", "rank", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.lm_head not in LM_HEADS:
+            raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
+
+    def layer_shape(self, hidden: int) -> LayerShape:
+        """The decoder layers of a drafter for features of the given size: one key head for three query heads."""
+        query_heads = max(1, hidden // self.head_dim)
+        kv_heads = max(k for k in range(1, max(1, query_heads // 3) + 1) if query_heads % k == 0)
+        intermediate = self.intermediate or -(-hidden * 8 // 3 // 32) * 32
+        return LayerShape(hidden, intermediate, query_heads, kv_heads, self.head_dim, eps=1e-5)
+
+
+class S4CHead(nn.Module):
+    """One head: the join of embedding and feature, and decoder layers."""
+
+    def __init__(self, config: S4CConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(shape.hidden, shape.eps)
+        self.join = Linear(2 * shape.hidden, shape.hidden)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(config.layers))
+        self.norm = RMSNorm(shape.hidden, shape.eps) if config.normed_output else None
+
+    def forward(self, embedding: Tensor, feature: Tensor) -> Tensor:
+        """The layers' input: [B, N, d] of [B, N, d] embeddings and features."""
+        return self.join(torch.cat([self.embedding_norm(embedding), feature.float()], -1)).float()
+
+    def output(self, x: Tensor) -> Tensor:
+        """The feature that goes to the LM head and to the next head."""
+        return x if self.norm is None else self.norm(x)
+
+
+class S4CModel(DraftModel):
+    """The heads, and the LM head that they share.
+
+    Args:
+        target: gives the embeddings, the LM head and the sizes.
+        config: sizes and options.
+        token_ids: [V'] int64, the draft vocabulary.
+    """
+
+    token_ids: Tensor
+    embedding: Tensor
+
+    def __init__(self, target: Target, config: S4CConfig, token_ids: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = config.layer_shape(target.spec.hidden_size)
+        self.heads = nn.ModuleList(S4CHead(config, self.shape) for _ in range(config.heads))
+        self.register_buffer("token_ids", token_ids)
+        self.register_buffer("embedding", target.embedding_weight(), persistent=False)
+        head_rows = target.head_weight(token_ids).float()
+        if config.lm_head == "low-rank":
+            left, values, right = torch.svd_lowrank(head_rows, q=min(config.rank, *head_rows.shape), niter=4)
+            self.down = Linear.of((values.sqrt() * right).T.contiguous())
+            self.up = Linear.of((left * values.sqrt()).contiguous())
+        elif config.lm_head == "own":
+            self.up = Linear.of(head_rows.clone())
+        else:
+            self.register_buffer("head_rows", head_rows, persistent=False)
+        for head in self.heads:
+            _initialise(head, target.final_norm_weight())
+        self.requires_grad_(True)
+
+    def predictions(self, batch: TrainingBatch) -> list[Prediction]:
+        embedding = self.embedding[batch.tokens].float()
+        count = batch.tokens.shape[1]
+        device = batch.tokens.device
+        rotary = Rotary(torch.arange(count, device=device)[None], self.frequencies(device))
+        causal = torch.ones(1, count, count, dtype=torch.bool, device=device).tril()
+        feature = batch.features
+        predictions = []
+        for head in self.heads:
+            assert isinstance(head, S4CHead)
+            x = head(embedding, F.pad(feature, (0, 0, 1, 0))[:, :-1])
+            mask = grouped_mask(causal, self.shape, _product_dtype(x))
+            for layer in head.layers:
+                x = layer(x, rotary, mask)
+            feature = head.output(x)
+            predictions.append(Prediction(feature, self.logits, feature, offset=1))
+        return predictions
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V'] of [..., d]: the LM head."""
+        if self.config.lm_head == "tied":
+            return F.linear(hidden, self.head_rows)
+        product: Tensor = self.up(self.down(hidden) if self.config.lm_head == "low-rank" else hidden)
+        return product
+
+    def lm_head(self) -> nn.Module:
+        """The LM head as layers that can be packed."""
+        if self.config.lm_head == "tied":
+            return Linear.of(self.head_rows.clone())
+        parts = [self.down, self.up] if self.config.lm_head == "low-rank" else [self.up]
+        return nn.Sequential(*copy.deepcopy(parts))
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """[head_dim / 2]: rotary angles per position."""
+        exponent = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
+        return 1.0 / (self.config.rope_theta**exponent)
+
+    def drafter(self, target: Target, dtype: torch.dtype | None = None) -> S4CDrafter:
+        return S4CDrafter(self, target, dtype or drafting_dtype(target))
+
+
+def drafting_dtype(target: Target) -> torch.dtype:
+    """bfloat16 where it is fast: the drafter's precision changes how much is accepted, never what is written."""
+    return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _initialise(head: S4CHead, final_norm: Tensor | None) -> None:
+    """Start as the identity on the feature: the join passes it on and the layers add little."""
+    hidden = head.join.weight.shape[0]
+    for name, weight in head.named_parameters():
+        if weight.ndim > 1:
+            scale = 0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+            nn.init.normal_(weight, std=0.02 * scale)
+    with torch.no_grad():
+        head.join.weight[:, hidden:] += torch.eye(hidden)
+        if head.norm is not None and final_norm is not None:
+            head.norm.weight.fill_(float(final_norm.float().square().mean().sqrt()))
+
+
+@dataclass
+class _Slot:
+    """What a sequence has committed since the heads last ran.
+
+    Attributes:
+        tokens: accepted tokens; the root follows them, and only the next round names it.
+        features: [m, d], the target's feature one position before each of the tokens and the root.
+        carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
+    """
+
+    tokens: list[int]
+    features: Tensor
+    carry: Tensor
+
+
+class _Rows:
+    """The rows of the head calls of one round: committed positions first, then the expanded nodes.
+
+    Attributes:
+        tokens: [B, R] int64.
+        offsets: [B, R] int64, positions relative to the first committed row.
+        visible: [B, R, R] bool, which rows a row attends to.
+        parents: [B, R] int64, the row of the position before; -1 for the first one.
+        frontier: [B, W] int64, the rows whose children are drafted next.
+        committed: B numbers of committed rows; those after them, up to the longest, are padding.
+    """
+
+    def __init__(self, tokens: Tensor, counts: Tensor) -> None:
+        batch, size = tokens.shape
+        column = torch.arange(size, device=tokens.device)
+        real = column < counts[:, None]
+        self.tokens = tokens
+        self.offsets = column.expand(batch, -1)
+        self.visible = ((column <= column[:, None]) & real[:, None]) | (column == column[:, None])
+        self.parents = self.offsets - 1
+        self.frontier = counts[:, None] - 1
+        self.committed: list[int] = counts.tolist()
+        self._frontier_nodes = torch.zeros_like(self.frontier)
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[1]
+
+    def expand(self, builder: TreeBuilder) -> None:
+        """Append the frontier of a tree."""
+        nodes = builder.frontier
+        parent_nodes = builder.parents.gather(1, nodes)
+        above = (parent_nodes[..., None] == self._frontier_nodes[:, None]).max(-1).indices
+        parents = self.frontier.gather(1, above)
+        batch, width = nodes.shape
+        sees = self.visible.gather(1, parents[..., None].expand(-1, -1, self.count))
+        itself = torch.eye(width, dtype=torch.bool, device=nodes.device).expand(batch, -1, -1)
+        self.visible = torch.cat([F.pad(self.visible, (0, width)), torch.cat([sees, itself], -1)], 1)
+        self.offsets = torch.cat([self.offsets, self.offsets.gather(1, parents) + 1], 1)
+        self.tokens = torch.cat([self.tokens, builder.tokens.gather(1, nodes)], 1)
+        self.frontier = torch.arange(self.count - width, self.count, device=nodes.device).expand(batch, -1)
+        self.parents = torch.cat([self.parents, parents], 1)
+        self._frontier_nodes = nodes
+
+
+class S4CDrafter(Drafter):
+    """S4C at inference: the heads on packed weights, their caches, the trees.
+
+    Args:
+        model: the trained heads; a copy of its weights is taken.
+        target: the model that is drafted for.
+        dtype: of the weights.
+    """
+
+    name = "s4c"
+
+    def __init__(self, model: S4CModel, target: Target, dtype: torch.dtype) -> None:
+        self.device = target.device
+        self.config = model.config
+        self.default_depth = model.config.depth or model.config.heads
+        self.default_tree = f"best:16x{self.default_depth + 2}"
+        self.shape = model.shape
+        self.token_ids = model.token_ids.to(self.device)
+        self._embedding = target.embedding_weight()
+        self._frequencies = model.frequencies(self.device)
+        self._dtype = dtype
+        self.heads: list[S4CHead] = [copy.deepcopy(head).to(self.device).eval() for head in model.heads]  # type: ignore[misc]
+        self.lm_head = model.lm_head().to(self.device)
+        for part in (*self.heads, self.lm_head):
+            pack(part, dtype)
+        layers = model.config.heads * model.config.layers
+        self._cache = KVCache(layers, self.shape.kv_heads, self.shape.head_dim, dtype, self.device)
+        self._slots: dict[int, _Slot] = {}
+
+    def reserve(self, slots: int, length: int) -> None:
+        self._cache.reserve(slots, length)
+
+    @torch.no_grad()
+    def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
+        self.reserve(slot + 1, tokens.shape[0])
+        self._cache.lengths[slot] = 0
+        before = F.pad(features.float(), (0, 0, 1, 0))
+        state = _Slot([], before[-1:], before.new_zeros(len(self.heads) - 1, before.shape[1]))
+        for start in range(0, tokens.shape[0], PREFILL_CHUNK):
+            chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
+            rows = _Rows(chunk, torch.tensor([chunk.shape[1]], device=self.device))
+            inputs = before[None, start : start + chunk.shape[1]]
+            outputs = self._run_remaining([], rows, inputs, state.carry[None], slice(slot, slot + 1))
+            self._settle([state], rows, outputs, slot)
+        state.features = before[-1:]
+        self._slots[slot] = state
+
+    @torch.no_grad()
+    def propose(self, sequences: Sequences) -> DraftTree:
+        plan = sequences.plan.deepened(self.default_depth)
+        states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
+        slots = slice(0, len(states))
+        rows, features = self._catch_up(states, sequences.roots)
+        carry = torch.stack([state.carry for state in states])
+        builder = plan.grow(sequences.roots)
+        outputs: list[Tensor] = []
+        while builder.open:
+            if builder.level:
+                rows.expand(builder)
+            if len(outputs) < len(self.heads):
+                inputs = self._inputs(rows, outputs, features, carry)
+                outputs.append(self._run(len(outputs), rows, inputs, slots))
+            else:
+                width = rows.frontier.shape[1]
+                inputs = _gather_rows(outputs[-1], rows.parents[:, -width:])
+                outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs, slots)], 1)
+            logits = self.lm_head(_gather_rows(outputs[-1], rows.frontier)).float()
+            extend(sequences, builder, logits, self.token_ids)
+        outputs = self._run_remaining(outputs, rows, features, carry, slots)
+        self._settle(states, rows, outputs, 0)
+        return finish(sequences, builder)
+
+    def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
+        accepted = verdict.accepted.tolist()
+        for slot, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
+            state = self._slots[slot]
+            state.tokens = state.tokens + tokens[:count]
+            new = output.features[slot, verdict.path[slot, : count + 1]].float()
+            state.features = torch.cat([state.features, new])
+
+    def move(self, source: int, destination: int) -> None:
+        self._cache.move(source, destination)
+        self._slots[destination] = self._slots.pop(source)
+
+    def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[_Rows, Tensor]:
+        """The committed rows of a round, and the target's features that head 1 reads there, [B, M, d]."""
+        lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
+        longest = max(len(line) for line in lines)
+        tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=self.device)
+        features = torch.stack([F.pad(s.features, (0, 0, 0, longest - s.features.shape[0])) for s in states])
+        return _Rows(tokens, torch.tensor([len(line) for line in lines], device=self.device)), features
+
+    def _inputs(self, rows: _Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
+        """[B, R, d]: what the next head reads beside the embeddings, one position before each row.
+
+        Head 1 reads the target's features. The others read the head before them, whose output at the last
+        position of the round before was carried over.
+        """
+        if not outputs:
+            return features
+        before = torch.cat([carry[:, len(outputs) - 1 : len(outputs)], outputs[-1]], 1)
+        return _gather_rows(before, rows.parents + 1)
+
+    def _run(self, index: int, rows: _Rows, inputs: Tensor, slots: slice) -> Tensor:
+        """[B, R', d]: one head over the last R' rows of a round, as many as there are inputs."""
+        head = self.heads[index]
+        new = inputs.shape[1]
+        pending = rows.count - new
+        view = self._cache.view(slots, new, pending)
+        rotary = Rotary(view.lengths[:, None] + rows.offsets[:, pending:], self._frequencies)
+        mask = grouped_mask(view.mask(rows.visible[:, pending:]), self.shape, self._dtype)
+        x: Tensor = head(self._embedding[rows.tokens[:, pending:]], inputs)
+        first = (index % len(self.heads)) * self.config.layers
+        for offset, layer in enumerate(head.layers):
+            x = layer(x, rotary, mask, view, first + offset)
+        return head.output(x)
+
+    def _run_remaining(
+        self, outputs: list[Tensor], rows: _Rows, features: Tensor, carry: Tensor, slots: slice
+    ) -> list[Tensor]:
+        """Run the heads that have not run yet, so that the caches of all heads stay level."""
+        while len(outputs) < len(self.heads):
+            outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), slots))
+        return outputs
+
+    def _settle(self, states: list[_Slot], rows: _Rows, outputs: list[Tensor], first_slot: int) -> None:
+        """Keep the committed rows in the caches, and carry over the outputs at the last of them."""
+        for offset, state in enumerate(states):
+            count = rows.committed[offset]
+            self._cache.keep(first_slot + offset, torch.arange(count, device=self.device))
+            if len(outputs) > 1:
+                state.carry = torch.stack([output[offset, count - 1] for output in outputs[:-1]])
+            state.tokens, state.features = [], state.features[:0]
+
+
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, W, d]: rows [B, W] of x [B, R, d]."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+METHOD = Method(name=S4CDrafter.name, config=S4CConfig, model=S4CModel)

@@ -1,0 +1,279 @@
+"""The face of the library: a target, a drafter, and text.
+
+    llm = LLM("smollm2-135m")
+    print(llm.generate("Once upon a time").text)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence as Ordered
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from s4c.drafters import METHODS
+from s4c.drafters.base import Drafter, NoDrafter
+from s4c.drafters.checkpoint import load_drafter, read_checkpoint
+from s4c.engine.round import Engine
+from s4c.engine.sequence import Generation, Sequence
+from s4c.errors import BadLogits
+from s4c.models.base import Target
+from s4c.models.loading import load_target, load_tokenizer, resolve
+from s4c.types import SamplingParams
+from s4c.verify.tree import TreePlan
+
+SHIPPED = Path(__file__).parent.parent / "shipped"
+"""Drafters that come with the package, one folder each."""
+
+Chat = Ordered[Mapping[str, str]]
+Prompt = Union[str, Chat, Ordered[int]]
+"""A text, a chat (messages with `role` and `content`) or token ids."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round added to a streamed request.
+
+    Attributes:
+        text: new text; it never holds a part of a stop string.
+        token_ids: new tokens.
+        origins: for each of them 0 for a bonus, else the level of the draft tree that guessed it.
+        generation: the whole outcome, with the last chunk.
+    """
+
+    text: str
+    token_ids: list[int]
+    origins: list[int]
+    generation: Generation | None
+
+
+class LLM:
+    """A language model that generates faster than it could by itself, and writes exactly the same.
+
+    Args:
+        target: a built-in alias (`smollm2-135m`), a local Hugging Face directory, a GGUF file or a hub id;
+            or a loaded target.
+        drafter: `auto` (the shipped drafter for this target if there is one, else n-gram lookup), `none`
+            (plain decoding), the name of a method without training, a checkpoint directory, or a drafter.
+        rule: `coupled` or `rejection`.
+        tree: `comb:K`, `best:N`, `chain:D`, or `auto` for what the drafter recommends.
+        dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu` or `cuda`.
+        runtime: `auto`, `llama` or `hf`.
+        context_length: most tokens of a sequence; None takes the model's own limit.
+        max_batch: most sequences to decode at once.
+        threads: CPU threads for the whole process; None leaves them as they are.
+
+    Raises:
+        ValueError: an argument is outside its range; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        target: str | Target = "smollm2-135m",
+        drafter: str | Path | Drafter = "auto",
+        *,
+        rule: str = "coupled",
+        tree: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        runtime: str = "auto",
+        context_length: int | None = None,
+        max_batch: int = 8,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads is {threads}; it must be at least 1")
+            torch.set_num_threads(threads)
+        if tree != "auto":
+            TreePlan.parse(tree)
+        self.tokenizer: Any = None
+        if isinstance(target, str):
+            directory = resolve(target)
+            self.tokenizer = load_tokenizer(directory) if (directory / "tokenizer_config.json").exists() else None
+            target = load_target(
+                target, runtime=runtime, dtype=dtype, device=device, context_length=context_length
+            )
+        self.target = target
+        self.rule = rule
+        self.max_batch = max_batch
+        self.use(drafter, tree)
+
+    def use(self, drafter: str | Path | Drafter, tree: str = "auto") -> None:
+        """Go on with another drafter or tree; the target stays loaded.
+
+        Args:
+            drafter: as for the class.
+            tree: as for the class.
+        """
+        self.drafter = drafter if isinstance(drafter, Drafter) else choose_drafter(drafter, self.target)
+        self.plan = TreePlan.parse(self.drafter.default_tree if tree == "auto" else tree)
+        self._engine = Engine(self.target, self.drafter, self.plan, self.rule, self.max_batch)
+
+    def generate(
+        self,
+        prompts: Prompt | Ordered[Prompt],
+        params: SamplingParams | Ordered[SamplingParams] | None = None,
+    ) -> Any:
+        """Decode one prompt or a list of them; a list is decoded in batches.
+
+        Args:
+            prompts: a text (taken as it is), a chat (put through the model's chat template), token ids, or a
+                list of such.
+            params: for all prompts, or one for each; None decodes greedily.
+
+        Returns:
+            A `Generation` for one prompt; a list of them, in order, for a list.
+
+        Raises:
+            ValueError: a prompt or a parameter is outside its range; nothing was generated.
+            BadLogits: the target's logits were unusable, for a single prompt. In a list the others are
+                decoded to their end, and the failed one has the finish reason `error`.
+        """
+        if _is_prompt(prompts):
+            generation = self._run([prompts], params)[0]
+            if generation.error is not None:
+                raise BadLogits(generation.error, rows=[0])
+            return generation
+        return self._run(list(prompts), params)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Decode one prompt and yield what each round adds; closing the iterator stops the request."""
+        sequence = self._sequence(prompt, params or SamplingParams())
+        engine = self._engine
+        engine.scheduler.add(sequence)
+        try:
+            while not sequence.finished:
+                before = len(sequence.tokens)
+                engine.step()
+                if sequence.error is not None:
+                    raise BadLogits(sequence.error, rows=[0])
+                new = sequence.tokens[before:]
+                yield Chunk(
+                    text=sequence.released_text(),
+                    token_ids=new,
+                    origins=sequence.origins[len(sequence.origins) - len(new) :],
+                    generation=sequence.generation() if sequence.finished else None,
+                )
+        finally:
+            engine.scheduler.cancel(sequence)
+
+    def complete(
+        self, prompts: Ordered[Prompt], params: Ordered[SamplingParams]
+    ) -> Iterator[tuple[int, Generation]]:
+        """Decode many prompts and yield each outcome with its index as soon as it is there."""
+        sequences = [self._sequence(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        index = {id(sequence): number for number, sequence in enumerate(sequences)}
+        for sequence in sequences:
+            self._engine.scheduler.add(sequence)
+        try:
+            while not self._engine.scheduler.idle:
+                for sequence in self._engine.step():
+                    if sequence.finished:
+                        yield index[id(sequence)], sequence.generation()
+        finally:
+            for sequence in sequences:
+                self._engine.scheduler.cancel(sequence)
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt as the target reads them.
+
+        Raises:
+            ValueError: the prompt is empty, of another kind, or needs a tokenizer that is not there.
+        """
+        if isinstance(prompt, str):
+            ids = self._need_tokenizer("a text").encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self._chat_ids(prompt)
+        else:
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        if not ids:
+            raise ValueError("the prompt is empty; give a text, a chat or token ids with at least one token")
+        return list(ids)
+
+    def _chat_ids(self, messages: Any) -> list[int]:
+        tokenizer = self._need_tokenizer("a chat")
+        if not tokenizer.chat_template:
+            raise ValueError(f"{self.target.spec.name} has no chat template; give a text instead of a chat")
+        for message in messages:
+            if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+                raise ValueError(f"message {message!r} of the chat must have a string `role` and a string `content`")
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return ids
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.target.spec.name} has no tokenizer, so {what} cannot be read; give token ids")
+        return self.tokenizer
+
+    def _run(self, prompts: list[Any], params: Any) -> list[Generation]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
+        done = dict(self.complete(prompts, params))
+        return [done[index] for index in range(len(prompts))]
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
+        ids = self.token_ids(prompt)
+        spec = self.target.spec
+        if len(ids) >= spec.context_length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; the context of {spec.name} holds {spec.context_length}, "
+                "and at least one must be left for the answer"
+            )
+        named = {"the prompt": ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        named |= {"bad_words": [token for word in params.bad_words for token in word]}
+        for where, tokens in named.items():
+            wrong = [token for token in tokens if not 0 <= token < spec.vocab_size]
+            if wrong:
+                raise ValueError(f"token {wrong[0]} in {where} is out of range; it must be from 0 to {spec.vocab_size - 1}")
+        if params.stop:
+            self._need_tokenizer("a stop string")
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(63))
+        decode = self._decode if self.tokenizer is not None else None
+        return Sequence(ids, params, decode, spec.eos_token_ids, spec.context_length)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def choose_drafter(name: str | Path, target: Target) -> Drafter:
+    """The drafter that a user asked for by name or checkpoint.
+
+    Raises:
+        ValueError: there is no such drafter; the message lists what there is.
+    """
+    ready = {method.name: method for method in METHODS.values() if method.create is not None}
+    if name == "none":
+        return NoDrafter()
+    if name == "auto":
+        shipped = shipped_for(target)
+        return load_drafter(shipped, target, METHODS) if shipped else choose_drafter("ngram", target)
+    if name in ready:
+        create = ready[str(name)].create
+        assert create is not None
+        return create(target)
+    if Path(name).is_dir():
+        return load_drafter(Path(name), target, METHODS)
+    raise ValueError(
+        f"drafter {str(name)!r} is not known; it must be auto, none, {', '.join(ready)}, or the directory of a checkpoint"
+    )
+
+
+def shipped_for(target: Target) -> Path | None:
+    """The folder of the shipped drafter that was trained for this target."""
+    folders = sorted(path.parent for path in SHIPPED.glob("*/config.json"))
+    return next((f for f in folders if read_checkpoint(f).fingerprint == target.spec.fingerprint), None)
+
+
+def _is_prompt(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))

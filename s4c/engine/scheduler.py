@@ -1,0 +1,66 @@
+"""Which requests run: first come, first served, as many at once as there are slots.
+
+The running sequences of a batch of B always stand in slots 0 .. B - 1; when one ends, the last one moves
+into its slot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from s4c.engine.sequence import Sequence
+
+
+class Scheduler:
+    """The waiting and the running requests.
+
+    Args:
+        max_batch: most sequences to run at once.
+        move: called as move(source, destination) when a sequence changes its slot.
+    """
+
+    def __init__(self, max_batch: int, move: Callable[[int, int], None]) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+        self.max_batch = max_batch
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self._move = move
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give free slots to waiting requests; those are to be prefilled."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting.popleft()
+            sequence.slot = len(self.running)
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def retire(self) -> list[Sequence]:
+        """Take out the finished sequences and close the gaps."""
+        finished = [sequence for sequence in self.running if sequence.finished]
+        for sequence in finished:
+            last = self.running.pop()
+            if last is not sequence:
+                self._move(last.slot, sequence.slot)
+                last.slot = sequence.slot
+                self.running[last.slot] = last
+        return finished
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a request, waiting or running."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
+            self.retire()

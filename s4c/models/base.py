@@ -1,0 +1,93 @@
+"""What a target does: take a prompt in, check a draft tree in one pass, keep the accepted path.
+
+A target holds a key-value cache with a row of slots. The running sequences of a batch of B always stand in
+slots 0 .. B - 1, so a pass reads the cache without gathering it. The cache of a slot holds every committed
+token but the last one: that one is the root of the next draft tree, and its own pass is the round.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s4c.types import DraftTree, TargetOutput, Verdict
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What the other rooms may know of a target.
+
+    Attributes:
+        name: as the user gave it.
+        fingerprint: hash of the configuration and of a sample of the weights; a drafter names it.
+        vocab_size: V, the number of rows of the LM head.
+        hidden_size: d, the size of a feature.
+        context_length: most tokens of one sequence, prompt and output together.
+        eos_token_ids: the tokens with which the model ends a text.
+    """
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Target(ABC):
+    """A causal language model that verifies draft trees."""
+
+    spec: TargetSpec
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of `length` cache rows each; what is cached stays."""
+
+    @abstractmethod
+    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+        """Put a prompt into an empty slot, whatever the slot held before.
+
+        Args:
+            slot: index of the slot.
+            tokens: [n] int64, n >= 0: the prompt without its last token, which is the first root.
+
+        Returns:
+            [n, d], the feature at each of the tokens.
+        """
+
+    @abstractmethod
+    def verify(self, tree: DraftTree) -> TargetOutput:
+        """One forward pass over a draft tree for the sequences in slots 0 .. B - 1.
+
+        Each node sees the committed tokens of its sequence, its ancestors and itself. The cached length of
+        no slot changes.
+        """
+
+    @abstractmethod
+    def commit(self, verdict: Verdict) -> None:
+        """Append the root and the accepted path of the tree verified last to the cache of each slot."""
+
+    @abstractmethod
+    def move(self, source: int, destination: int) -> None:
+        """Move the sequence in slot `source` to slot `destination`, whose sequence has ended."""
+
+    @abstractmethod
+    def length(self, slot: int) -> int:
+        """Number of tokens cached in a slot."""
+
+    @abstractmethod
+    def embedding_weight(self) -> Tensor:
+        """[V, d], the input embeddings, in the target's dtype."""
+
+    @abstractmethod
+    def head_weight(self, rows: Tensor | None = None) -> Tensor:
+        """[R, d], the rows (all of them: None) of the LM head, in the target's dtype."""
+
+    @abstractmethod
+    def final_norm_weight(self) -> Tensor | None:
+        """[d], the weight of the final norm; None where that is no RMS norm."""

@@ -1,0 +1,113 @@
+"""A static key-value cache: one tensor, a slot for each sequence, rows in the order of the text.
+
+A pass appends its keys and values behind the committed rows of each slot without committing them; `keep` then
+moves the rows of an accepted path together and raises the lengths. What was not kept is overwritten by the
+next pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS_PER_GROWTH = 256
+
+
+class KVCache:
+    """Keys and values of a stack of layers.
+
+    Args:
+        layers: number of layers.
+        heads: number of key-value heads.
+        head_dim: size of a head.
+        dtype: of the keys and values.
+        device: where they lie.
+    """
+
+    def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
+        self.lengths: list[int] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of `length` rows; cached rows stay where they are."""
+        layers, two, old_slots, heads, old_length, head_dim = self.data.shape
+        if slots <= old_slots and length <= old_length:
+            return
+        slots = max(slots, old_slots)
+        length = max(old_length, -(-length // ROWS_PER_GROWTH) * ROWS_PER_GROWTH)
+        grown = self.data.new_zeros(layers, two, slots, heads, length, head_dim)
+        grown[:, :, :old_slots, :, :old_length] = self.data
+        self.data = grown
+        self.lengths += [0] * (slots - len(self.lengths))
+
+    def view(self, slots: slice, count: int, pending: int = 0) -> CacheView:
+        """Open the cache for a pass that appends `count` rows to each slot, behind `pending` uncommitted ones."""
+        self.reserve(slots.stop, max(self.lengths[slots]) + pending + count)
+        return CacheView(self, slots, count, pending)
+
+    def keep(self, slot: int, rows: Tensor) -> None:
+        """Commit appended rows of a slot: [R] int64, ascending, counted from the first appended one."""
+        start, count = self.lengths[slot], rows.shape[0]
+        if int(rows[-1]) != count - 1:
+            self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, start + rows]
+        self.lengths[slot] += count
+
+    def move(self, source: int, destination: int) -> None:
+        """Copy the rows of one slot to another."""
+        length = self.lengths[source]
+        self.data[:, :, destination, :, :length] = self.data[:, :, source, :, :length]
+        self.lengths[destination] = length
+
+
+class CacheView:
+    """The cache as one pass sees it.
+
+    Attributes:
+        lengths: [B] int64, the committed rows of each slot.
+        end: number of rows that the pass reads: the longest slot, the pending and the appended rows.
+    """
+
+    def __init__(self, cache: KVCache, slots: slice, count: int, pending: int) -> None:
+        lengths = cache.lengths[slots]
+        self.end = max(lengths) + pending + count
+        self.lengths = torch.tensor(lengths, device=cache.device)
+        self._data = cache.data[:, :, slots]
+        self._count = count
+        self._uncommitted = pending + count
+        self._level = lengths[0] + pending if len(set(lengths)) == 1 else None
+        self._rows = self.lengths[:, None] + torch.arange(pending, pending + count, device=cache.device)
+        self._batch = torch.arange(len(lengths), device=cache.device)[:, None]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, N, heads, head_dim] keys and values of a layer; get all up to `end`.
+
+        Returns:
+            Two tensors [B, heads, end, head_dim].
+        """
+        for which, new in enumerate((keys, values)):
+            if self._level is not None:
+                self._data[layer, which, :, :, self._level : self.end] = new.transpose(1, 2)
+            else:
+                self._data[layer, which][self._batch, :, self._rows] = new
+        read = self._data[layer, :, :, :, : self.end]
+        return read[0], read[1]
+
+    def mask(self, visible: Tensor) -> Tensor | None:
+        """[B, N, end] bool: each new row sees the committed rows of its slot and some uncommitted ones.
+
+        Args:
+            visible: [B, N, pending + N] bool, which of the uncommitted rows it sees.
+
+        Returns:
+            None where every row sees everything up to `end`.
+        """
+        if self._uncommitted == 1 and self._level is not None:
+            return None
+        offset = torch.arange(self.end, device=self.lengths.device) - self.lengths[:, None]
+        index = offset.clamp(0, self._uncommitted - 1)[:, None].expand(-1, self._count, -1)
+        inside = ((offset >= 0) & (offset < self._uncommitted))[:, None]
+        return (offset < 0)[:, None] | (inside & visible.gather(2, index))

@@ -1,0 +1,222 @@
+"""The pieces of a Llama-family decoder, shared by the fast target and by drafters that learn such layers.
+
+One code serves training and inference. `Linear.pack` turns the weights, once, into the layout that oneDNN
+multiplies fastest: a pass over a few rows then costs little more than reading the weights.
+
+The residual stream, norms, softmax and rotary angles are float32 whatever the weights are; only the weights
+and the inputs of matrix products are of the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s4c.models.cache import CacheView
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies packed weights of that dtype here."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, the input cast to the dtype of W; `pack` makes it fast and final."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self._packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Linear:
+        """A linear layer around a given weight [outputs, inputs], not trained."""
+        with torch.device("meta"):
+            layer = cls(weight.shape[1], weight.shape[0])
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+
+    def dense(self) -> Tensor:
+        """[outputs, inputs], the weight, packed or not."""
+        return self.weight.detach() if self._packed is None else self._packed.to_dense()
+
+    def pack(self, dtype: torch.dtype | None = None) -> None:
+        """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved."""
+        self.requires_grad_(False)
+        self.to(dtype or self.weight.dtype)
+        if packs(self.weight.dtype, self.weight.device):
+            self._dtype = self.weight.dtype
+            # The second argument is the number of rows to optimise for: the size of a small tree.
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
+            return F.linear(x, self.weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self._dtype), self._packed, self.bias, "none", [], ""
+        )
+        return product
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes and options of a decoder layer.
+
+    Attributes:
+        hidden: d. intermediate: size of the MLP. heads, kv_heads, head_dim: of the attention.
+        eps: of the norms.
+        qkv_bias: biases on queries, keys and values (Qwen2). out_bias, mlp_bias: on the other products.
+        head_norms: RMS norms on the heads of queries and keys (Qwen3).
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
+
+
+class Rotary:
+    """Cosines and signed sines of the positions of a pass, [B, N, 1, head_dim] each."""
+
+    def __init__(self, positions: Tensor, inverse_frequencies: Tensor, scaling: float = 1.0) -> None:
+        angles = positions[..., None].float() * inverse_frequencies
+        sine = angles.sin() * scaling
+        self.cosine = (torch.cat([angles, angles], -1).cos() * scaling)[:, :, None]
+        self.sine = torch.cat([-sine, sine], -1)[:, :, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate heads [B, N, heads, head_dim]; pairs are (i, i + head_dim / 2)."""
+        half = x.shape[-1] // 2
+        return torch.addcmul(x * self.cosine, x.roll(half, -1), self.sine)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: the query heads of a group become further rows of its key head.
+
+    Args:
+        query: [B, N, H, head_dim].
+        key, value: [B, K, L, head_dim], K key heads.
+        mask: [B, 1, H / K * N, L] as `grouped_mask` gives it, or None.
+
+    Returns:
+        [B, N, H * head_dim].
+    """
+    batch, nodes, heads, size = query.shape
+    kv_heads = key.shape[1]
+    rows = query.view(batch, nodes, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, -1, size)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask)
+    out = out.view(batch, kv_heads, heads // kv_heads, nodes, size).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, nodes, heads * size)
+
+
+def grouped_mask(mask: Tensor | None, shape: LayerShape, dtype: torch.dtype) -> Tensor | None:
+    """[B, N, L] bool -> [B, 1, H / K * N, L], what `attend` adds to the scores."""
+    if mask is None:
+        return None
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return added.repeat(1, shape.heads // shape.kv_heads, 1)[:, None]
+
+
+class Attention(nn.Module):
+    """Self-attention with fused query, key and value products."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.heads * shape.head_dim
+        self.qkv = Linear(shape.hidden, width + 2 * shape.kv_heads * shape.head_dim, shape.qkv_bias)
+        self.out = Linear(width, shape.hidden, shape.out_bias)
+        if shape.head_norms:
+            self.q_norm = RMSNorm(shape.head_dim, shape.eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.eps)
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: CacheView | None, layer: int) -> Tensor:
+        shape = self.shape
+        fused = self.qkv(x).unflatten(-1, (shape.heads + 2 * shape.kv_heads, shape.head_dim))
+        value = fused[:, :, shape.heads + shape.kv_heads :]
+        query_key = fused[:, :, : shape.heads + shape.kv_heads]
+        if shape.head_norms:
+            query, key = query_key.split([shape.heads, shape.kv_heads], 2)
+            query_key = torch.cat([self.q_norm(query), self.k_norm(key)], 2)
+        query_key = rotary(query_key).to(value.dtype)
+        query, key = query_key.split([shape.heads, shape.kv_heads], 2)
+        if cache is None:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            keys, values = cache.append(layer, key, value)
+        product: Tensor = self.out(attend(query, keys, values, mask))
+        return product
+
+
+class MLP(nn.Module):
+    """SwiGLU with fused gate and up products."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.gate_up = Linear(shape.hidden, 2 * shape.intermediate, shape.mlp_bias)
+        self.down = Linear(shape.intermediate, shape.hidden, shape.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        product: Tensor = self.down(F.silu(gate) * up)
+        return product
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.hidden, shape.eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = RMSNorm(shape.hidden, shape.eps)
+        self.mlp = MLP(shape)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: CacheView | None = None, layer: int = 0
+    ) -> Tensor:
+        """[B, N, d] float32 in and out.
+
+        Args:
+            mask: as `grouped_mask` gives it.
+            cache: where keys and values go and come from; None attends within x.
+            layer: which layer of the cache is this one's.
+        """
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def pack(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Cast every linear layer of a module to a dtype and pack it; norms stay in float32."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.pack(dtype)

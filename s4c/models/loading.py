@@ -1,0 +1,293 @@
+"""From what a user calls a model to a target that runs.
+
+    name  ->  resolve: a directory  ->  load_target: configuration, limits, runtime  ->  Target
+
+A name is a built-in alias, a local Hugging Face directory, a local GGUF file or a hub id. What a runtime would
+compute wrongly (a window or a rope that changes inside the context, say) is refused here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from s4c.errors import CorruptCheckpoint, UnsupportedModel
+from s4c.models import weights
+from s4c.models.base import Target, TargetSpec
+from s4c.models.builtin import BUILTIN, builtin_directory, gguf_directory, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RUNTIMES = ("auto", "llama", "hf")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORTEST_CONTEXT = 8
+
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+"""What is fetched of a hub repository: configuration, safetensors, tokenizer, chat template. No code, no pickle."""
+
+
+def resolve(name: str) -> Path:
+    """The directory of a model: config.json, safetensors, and tokenizer files if it has them.
+
+    Args:
+        name: a built-in alias, a Hugging Face directory, a .gguf file or a hub id.
+
+    Raises:
+        ValueError: the name leads nowhere; the message says what can be given.
+        CorruptCheckpoint: the directory lacks config.json or safetensors.
+        UnsupportedModel: the GGUF file cannot be converted.
+    """
+    path = Path(name).expanduser()
+    if name in BUILTIN:
+        directory = builtin_directory(name)
+    elif not name.strip():
+        raise _unknown(name, "names nothing")
+    elif path.is_dir():
+        directory = path.resolve()
+    elif path.is_file() and path.suffix.lower() == ".gguf":
+        directory = gguf_directory(path)
+    elif path.exists():
+        raise _unknown(name, "is a file, but not a .gguf file")
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith(".gguf") and not name.startswith("."):
+        directory = _from_hub(name)
+    else:
+        raise _unknown(name, "does not exist, and is no hub id either")
+    weights.read_config(directory)
+    weights.shards(directory)
+    return directory
+
+
+def _unknown(name: str, problem: str) -> ValueError:
+    return ValueError(
+        f"target {name!r} {problem}. A target is one of: a built-in model ({', '.join(sorted(BUILTIN))}); a local "
+        "Hugging Face directory (config.json, safetensors, tokenizer); a local .gguf file; a hub id (owner/name)"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except LocalEntryNotFoundError as error:
+        cause = _first_line(error.__cause__ or error)
+        raise _unknown(name, f"is not on this machine, and the hub cannot be reached ({cause})") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _unknown(name, f"is not on this machine, and the hub does not give it ({_first_line(error)})") from error
+    except OSError as error:
+        raise _unknown(name, f"could not be fetched from the hub ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def load_target(
+    name: str,
+    *,
+    runtime: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    context_length: int | None = None,
+) -> Target:
+    """Load a target.
+
+    Args:
+        name: as `resolve` takes it.
+        runtime: `llama` is the fast one, `hf` runs any causal model that takes a tree; `auto` takes the fast
+            one where it can run the model.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU and bfloat16 on a GPU.
+        device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU where there is one.
+        context_length: most tokens of one sequence; None for what the model was made for.
+
+    Raises:
+        ValueError: an argument is none of these, or the name leads nowhere.
+        UnsupportedModel: the model cannot be computed rightly, by this runtime or within this context.
+        CorruptCheckpoint: the files are damaged.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime {runtime!r} is not known; it must be one of {', '.join(RUNTIMES)}")
+    place = choose_device(device)
+    number = choose_dtype(dtype, place)
+    directory = resolve(name)
+    config = load_config(directory)
+    spec = TargetSpec(
+        name=name,
+        fingerprint=weights.fingerprint(directory),
+        vocab_size=config.get_text_config().vocab_size,
+        hidden_size=config.get_text_config().hidden_size,
+        context_length=choose_context(config, context_length),
+        eos_token_ids=eos_token_ids(directory),
+    )
+    from s4c.models.llama import LlamaTarget, unsupported
+
+    if runtime == "llama" or (runtime == "auto" and unsupported(config) is None):
+        return LlamaTarget(config, _with_progress(directory), spec, number, place)
+    from s4c.models.hf import HFTarget
+
+    return HFTarget.from_directory(directory, spec, number, place)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name: `auto`, `cpu`, `cuda`, `cuda:N`.
+
+    Raises:
+        ValueError: it is not known, or not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    here = ["auto", "cpu"] + (["cuda"] if count else []) + [f"cuda:{index}" for index in range(count)]
+    if name not in here:
+        reason = "there is no CUDA device that torch can use" if name.startswith("cuda") and not count else "not known"
+        raise ValueError(f"device {name!r}: {reason}; on this machine it must be one of {', '.join(here)}")
+    return torch.device(name)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of that name; `auto` is float32 on a CPU and bfloat16 on a GPU.
+
+    Raises:
+        ValueError: it is none of `DTYPES`.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype {str(dtype)!r} is not known; it must be one of auto, {', '.join(DTYPES)}")
+    return found
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a model directory.
+
+    Raises:
+        UnsupportedModel: transformers does not know this type of model without running code that comes with
+            it, or it is an encoder-decoder model.
+    """
+    from transformers import AutoConfig
+
+    model_type = weights.read_config(directory).get("model_type")
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnsupportedModel(
+            f"transformers cannot read the configuration of {directory} (model type {model_type!r}) without code "
+            f"that comes with the model, which is never run: {_first_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{directory} is an encoder-decoder model; a target must be a causal language model")
+    return config
+
+
+def choose_context(config: Any, wanted: int | None) -> int:
+    """The context length to run a model with.
+
+    Raises:
+        ValueError: `wanted` is too short, or longer than the model's.
+        UnsupportedModel: attention or rope would change inside the context, or the model names no length.
+    """
+    config = config.get_text_config()
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    length = most if wanted is None else wanted
+    if length is None:
+        raise UnsupportedModel(
+            f"the configuration (model type {config.model_type!r}) names no context length; "
+            "give one: context_length=N (--context-length N)"
+        )
+    if length < SHORTEST_CONTEXT or (most is not None and length > most):
+        raise ValueError(f"context_length is {length}; it must be from {SHORTEST_CONTEXT} to {most or 'what you need'}")
+    for limit, reason in _limits(config):
+        if length > limit:
+            raise UnsupportedModel(
+                f"{reason}, and a context of {length} tokens exceeds that; "
+                f"give context_length={limit} (--context-length {limit}) or less"
+            )
+    return length
+
+
+def _limits(config: Any) -> Iterator[tuple[int, str]]:
+    """Context lengths up to which a model is what both runtimes compute: full attention under a fixed rope."""
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and (not kinds or "sliding_attention" in kinds):
+        yield window, f"the model attends over a sliding window of {window} tokens"
+    if "chunked_attention" in kinds:
+        chunk = config.attention_chunk_size
+        yield chunk, f"the model attends within chunks of {chunk} tokens"
+    if "local" in kinds:
+        yield config.window_size, f"the model attends over a local window of {config.window_size} tokens"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = part.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            fixed = part.get("original_max_position_embeddings") or config.max_position_embeddings
+            yield fixed, f"the model's rope ({kind}) changes with the length of the text after {fixed} tokens"
+
+
+def eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """The tokens that end a text: by generation_config.json, else by config.json, else the tokenizer's."""
+    generation = directory / "generation_config.json"
+    config = weights.read_config(directory)
+    found = None
+    if generation.exists():
+        try:
+            found = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{generation} is not a JSON object ({error})") from error
+    if found is None:
+        found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    if found is None and _has_tokenizer(directory):
+        found = load_tokenizer(directory).eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory.
+
+    Raises:
+        ValueError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    files = "tokenizer.json, or the files of its family, and tokenizer_config.json"
+    if not _has_tokenizer(directory):
+        raise ValueError(f"{directory} holds no tokenizer ({files}); give token ids instead of text, or add them")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(
+            f"the tokenizer in {directory} cannot be read ({_first_line(error)}); it needs {files}"
+        ) from error
+    return tokenizer
+
+
+def _with_progress(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a directory, with a bar on a terminal while they are read."""
+    total = sum(shard.stat().st_size for shard in weights.shards(directory))
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading weights", total=total)
+        for name, tensor in weights.tensors(directory):
+            yield name, tensor
+            progress.advance(task, tensor.nbytes)

@@ -1,0 +1,272 @@
+"""Text that the target writes itself: answers to prompts, and prompts of its own.
+
+A drafter learns from what its target writes, so the training text is the target's, at mixed temperatures. Given
+no prompts, the target writes them too: its chat template up to the place of the user's words is a text that
+it can go on with, and what it writes there until it ends the turn is a prompt (Magpie, arXiv 2406.08464).
+
+The generating itself comes in as a function, for this room does not know the engine. Each row is written as it is
+finished; a run that is started again skips the rows that are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from s4c.training.checkpoint import exclusive
+from s4c.types import SamplingParams
+
+Generate = Callable[[list[list[int]], list[SamplingParams]], Iterator[tuple[int, list[int]]]]
+"""Prompts and their parameters in; (index, answer token ids) out, as they are finished, in any order."""
+
+SELF_PROMPTS_AT_ONCE = 64
+MARKER = "s4c-user-words-stand-here"
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt as token ids, the chat template applied, and where it came from."""
+
+    token_ids: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """What stands before and after the user's words in a chat of one turn: token ids."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @classmethod
+    def of(cls, render: Callable[[list[dict[str, str]]], str], encode: Callable[[str], list[int]]) -> ChatFrame:
+        """Cut a rendered chat at the user's words.
+
+        Args:
+            render: applies the chat template and opens the answer.
+            encode: text to token ids, without special tokens of its own.
+
+        Raises:
+            ValueError: the template does not show the user's words once.
+        """
+        parts = render([{"role": "user", "content": MARKER}]).split(MARKER)
+        if len(parts) != 2 or not parts[0]:
+            raise ValueError("the target's chat template does not frame the user's words; give a file of prompts")
+        return cls(tuple(encode(parts[0])), tuple(encode(parts[1])))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Settings of a distillation.
+
+    Attributes:
+        max_new_tokens: most tokens of an answer.
+        max_prompt_tokens: longer prompts are left out; also the limit of a prompt that the target writes.
+        temperatures: of the answers, each as likely as it stands here often.
+        seed: of everything drawn.
+    """
+
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 512
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.8, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperatures:
+            raise ValueError("temperatures is empty; give one at least")
+        for name in ("max_new_tokens", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def answering(self, prompt: Sequence[int]) -> SamplingParams:
+        """The parameters of one answer: a function of the seed and the prompt."""
+        digest = hashlib.sha256(f"{self.seed} {list(prompt)}".encode()).digest()
+        temperature = self.temperatures[digest[0] % len(self.temperatures)]
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=temperature, seed=int.from_bytes(digest[1:5], "big")
+        )
+
+
+@dataclass
+class DistillResult:
+    """What a run did: rows in the file now, rows of this run and their answer tokens, prompts left out as too long."""
+
+    rows: int
+    new_rows: int
+    new_tokens: int
+    too_long: int
+
+
+def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, config: DistillConfig) -> DistillResult:
+    """Answer prompts, a row of `out` (JSONL) each.
+
+    Raises:
+        ValueError: no prompts, or `out` holds something else than such rows.
+        OSError: `out` cannot be written; the rows in it are whole.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to answer")
+    fitting = [p for p in prompts if len(p.token_ids) <= config.max_prompt_tokens]
+    with _Rows(out) as rows:
+        answered = Counter(tuple(row["prompt_ids"]) for row in rows.present)
+        todo = []
+        for prompt in fitting:
+            answered[prompt.token_ids] -= 1
+            if answered[prompt.token_ids] < 0:
+                todo.append(prompt)
+        with _bar() as bar:
+            task = bar.add_task("answers", total=len(fitting), completed=len(fitting) - len(todo), tokens=0)
+            _answer(todo, generate, rows, config, lambda: bar.update(task, advance=1, tokens=rows.new_tokens))
+        return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, len(prompts) - len(fitting))
+
+
+def distill_self(
+    frame: ChatFrame, count: int, ends: Sequence[int], generate: Generate, out: Path, config: DistillConfig
+) -> DistillResult:
+    """Let the target write prompts and answer them, until `out` holds `count` rows of this kind (source `self`).
+
+    Args:
+        frame: the chat around the user's words.
+        count: rows wanted.
+        ends: tokens that end a turn; a prompt that was not ended is dropped.
+        generate: the engine.
+        out: JSONL.
+        config: the settings.
+
+    Raises:
+        ValueError: the target ends none of its prompts, or `out` holds something else than such rows.
+        OSError: `out` cannot be written; the rows in it are whole.
+    """
+    with _Rows(out) as rows, _bar() as bar:
+        before = [row for row in rows.present if row["source"] == "self"]
+        known = {tuple(row["prompt_ids"]) for row in before}
+        task = bar.add_task("self-written", total=count, completed=len(before), tokens=0)
+        group = max((row["group"] for row in before if "group" in row), default=-1) + 1
+        barren = 0
+        while len(before) + rows.new < count and barren < 8:
+            fresh = [p for p in _write_prompts(frame, group, ends, generate, config) if p.token_ids not in known]
+            known |= {p.token_ids for p in fresh}
+            barren = 0 if fresh else barren + 1
+            todo = fresh[: count - len(before) - rows.new]
+            tell = lambda: bar.update(task, advance=1, tokens=rows.new_tokens)  # noqa: E731
+            _answer(todo, generate, rows, config, tell, {"group": group})
+            group += 1
+        if barren and rows.new == 0 and len(before) < count:
+            raise ValueError(
+                f"the target wrote no usable prompt in {barren * SELF_PROMPTS_AT_ONCE} tries (each must end its turn "
+                f"within {config.max_prompt_tokens} tokens); give a file of prompts"
+            )
+        return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, 0)
+
+
+def _write_prompts(
+    frame: ChatFrame, group: int, ends: Sequence[int], generate: Generate, config: DistillConfig
+) -> list[TokenPrompt]:
+    """One group of prompts by the target, each different, in the order of their seeds."""
+    first = (config.seed * 1_000_003 + group) * SELF_PROMPTS_AT_ONCE
+    params = [
+        SamplingParams(max_new_tokens=config.max_prompt_tokens, temperature=1.0, seed=(first + i) % 2**64)
+        for i in range(SELF_PROMPTS_AT_ONCE)
+    ]
+    written = sorted(generate([list(frame.before)] * len(params), params))
+    words = [ids[:-1] for _, ids in written if len(ids) > 1 and ids[-1] in ends]
+    distinct = dict.fromkeys((*frame.before, *ids, *frame.after) for ids in words)
+    return [TokenPrompt(ids, "self") for ids in distinct]
+
+
+def _answer(
+    prompts: Sequence[TokenPrompt],
+    generate: Generate,
+    rows: _Rows,
+    config: DistillConfig,
+    tell: Callable[[], None],
+    more: dict[str, Any] | None = None,
+) -> None:
+    params = [config.answering(p.token_ids) for p in prompts]
+    if not prompts:
+        return
+    for index, answer in generate([list(p.token_ids) for p in prompts], params):
+        if answer:
+            prompt = prompts[index]
+            rows.append(
+                {
+                    "prompt_ids": list(prompt.token_ids),
+                    "answer_ids": answer,
+                    "temperature": params[index].temperature,
+                    "source": prompt.source,
+                    **(more or {}),
+                }
+            )
+        tell()
+
+
+class _Rows:
+    """A JSONL file that grows row by row; a last line that was torn by a kill is dropped when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.new = 0
+        self.new_tokens = 0
+
+    def __enter__(self) -> _Rows:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(exclusive(self.path.with_name(f".{self.path.name}.lock")))
+            self.present = self._read()
+            self._file = stack.enter_context(self.path.open("a", encoding="utf-8"))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write a row at once."""
+        try:
+            self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            whole = len(self.present) + self.new
+            raise OSError(
+                error.errno, f"{self.path} cannot be written ({error}); its {whole} rows are whole"
+            ) from error
+        self.new += 1
+        self.new_tokens += len(row["answer_ids"])
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        present = []
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                fine = isinstance(row["prompt_ids"], list) and isinstance(row["source"], str)
+            except (ValueError, KeyError, TypeError):
+                fine = False
+            if not fine:
+                raise ValueError(f"{self.path}, line {number}: not a distilled row; name a new file")
+            present.append(row)
+        return present
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,235 @@
+"""Draft trees: their geometry, and how they are grown.
+
+A tree is its parents, [B, N]. Depths and the ancestor mask follow from them without a loop over nodes.
+
+A drafter grows a tree level by level. `TreePlan` says which shape is wanted, and `grow` gives the builder
+that the drafter drives:
+
+    builder = plan.grow(roots)
+    while builder.open:
+        scores = ...                        # [B, W, V'] of the children of builder.frontier
+        builder.extend(scores, token_ids)   # picks children and the next frontier
+    tree = builder.finish()
+
+`comb` is the tree of S4C (arXiv 2506.14158): down along the most probable child, sideways by the k most
+probable ones. `best` expands the most probable nodes of each level and keeps the N nodes of highest path
+probability. `chain` is a comb with one child.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s4c.types import DraftTree
+
+EXPANDED_PER_LEVEL = 4
+"""How many nodes of a level `best` expands: a draft step over four rows costs what one over one row does."""
+
+
+def ancestors(parents: Tensor) -> Tensor:
+    """[B, N, N] bool: whether node j is node i or an ancestor of it.
+
+    Doubling: if A holds the ancestors up to distance m, then A A holds those up to 2m.
+    """
+    size = parents.shape[1]
+    columns = torch.arange(size, device=parents.device)
+    reach = (columns == parents[..., None]) | torch.eye(size, dtype=torch.bool, device=parents.device)
+    distance = 1
+    while distance < size - 1:
+        reach = (reach.float() @ reach.float()) > 0
+        distance *= 2
+    return reach
+
+
+def depths(parents: Tensor) -> Tensor:
+    """[B, N] int64: the number of edges between a node and the root."""
+    return ancestors(parents).sum(-1) - 1
+
+
+def root_only(roots: Tensor) -> DraftTree:
+    """The tree of plain decoding: no candidates."""
+    shape = (roots.shape[0], 1)
+    return DraftTree(
+        tokens=roots[:, None],
+        parents=torch.full(shape, -1, device=roots.device),
+        candidate=torch.zeros(shape, dtype=torch.bool, device=roots.device),
+        sampled=torch.zeros(shape[0], dtype=torch.bool, device=roots.device),
+    )
+
+
+def from_paths(roots: Tensor, paths: Sequence[Sequence[Sequence[int]]], budget: int) -> DraftTree:
+    """Merge continuations into one tree for each sequence: shared beginnings become shared nodes.
+
+    Args:
+        roots: [B] int64.
+        paths: for each sequence its continuations, the best first.
+        budget: most nodes of a tree, the root included; later nodes are dropped.
+    """
+    rows = []
+    for root, continuations in zip(roots.tolist(), paths, strict=True):
+        tokens, parents, child = [root], [-1], {}
+        for path in continuations:
+            node = 0
+            for token in path:
+                if (node, token) not in child:
+                    if len(tokens) == budget:
+                        break
+                    child[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                node = child[node, token]
+        rows.append((tokens, parents))
+    size = max(len(tokens) for tokens, _ in rows)
+    padded = [(t + [0] * (size - len(t)), p + [0] * (size - len(p)), len(t)) for t, p in rows]
+    columns = torch.arange(size)
+    counts = torch.tensor([count for _, _, count in padded])
+    return DraftTree(
+        tokens=torch.tensor([t for t, _, _ in padded], device=roots.device),
+        parents=torch.tensor([p for _, p, _ in padded], device=roots.device),
+        candidate=((columns > 0) & (columns < counts[:, None])).to(roots.device),
+        sampled=torch.zeros(len(rows), dtype=torch.bool, device=roots.device),
+    )
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """The shape and size of the trees to draft.
+
+    Attributes:
+        kind: `comb`, `best` or `chain`.
+        width: children of an expanded node.
+        depth: levels below the root; 0 means as deep as the drafter goes by itself.
+        nodes: most nodes of a tree, the root included.
+    """
+
+    kind: str
+    width: int
+    depth: int
+    nodes: int
+
+    FORMS = "comb:K or comb:KxD, best:N or best:NxD, chain:D (K children, D levels, N nodes with the root)"
+
+    @classmethod
+    def parse(cls, text: str) -> TreePlan:
+        """Read a tree as users write it: `comb:4`, `comb:3x5`, `best:16`, `best:16x6`, `chain:4`."""
+        match = re.fullmatch(r"(comb|best|chain):(\d+)(?:x(\d+))?", text.strip())
+        kind, number, levels = (match[1], int(match[2]), int(match[3] or 0)) if match else ("", 0, 0)
+        if match is None or number < 1 or (match[3] is not None and (levels < 1 or kind == "chain")):
+            raise ValueError(f"tree {text!r} is not known; it must be {cls.FORMS}")
+        if kind == "chain":
+            return cls(kind, width=1, depth=number, nodes=number + 1)
+        if kind == "comb":
+            return cls(kind, width=number, depth=levels, nodes=number * levels + 1 if levels else 0)
+        if number < 2:
+            raise ValueError(f"tree {text!r} has no room for a candidate; best:N needs N of at least 2")
+        return cls(kind, width=min(number - 1, 8), depth=levels, nodes=number)
+
+    def deepened(self, depth: int) -> TreePlan:
+        """The same plan, with the drafter's own depth where none was given."""
+        if self.depth:
+            return self
+        return TreePlan(self.kind, self.width, depth, self.width * depth + 1 if self.kind == "comb" else self.nodes)
+
+    def grow(self, roots: Tensor) -> TreeBuilder:
+        """Start a tree below each root, [B] int64."""
+        assert self.depth > 0, "a plan without a depth is deepened by the drafter first"
+        return TreeBuilder(self, roots)
+
+
+class TreeBuilder:
+    """A tree under construction: a pool of nodes, and the frontier whose children are wanted next.
+
+    Attributes:
+        frontier: [B, W] int64, pool columns of the nodes to expand; W = 1 at the root and for combs.
+        level: depth of the frontier.
+        tokens: [B, M] int64, the tokens of the pool, the root first.
+        parents: [B, M] int64, the pool columns of the parents.
+    """
+
+    def __init__(self, plan: TreePlan, roots: Tensor) -> None:
+        self.plan = plan
+        self.level = 0
+        self.tokens = roots[:, None]
+        self.parents = torch.full_like(self.tokens, -1)
+        self.frontier = torch.zeros_like(self.tokens)
+        self._path = torch.zeros(self.tokens.shape, dtype=torch.float32, device=roots.device)
+        self._laws: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def open(self) -> bool:
+        """Whether another level is wanted."""
+        if self.level >= self.plan.depth:
+            return False
+        if self.plan.kind != "best" or self._path.shape[1] < self.plan.nodes:
+            return True
+        # A child is never more probable than its parent: stop when no frontier node can beat the N-th best.
+        worst_kept = self._path.topk(self.plan.nodes, dim=1).values[:, -1]
+        return bool((self._path.gather(1, self.frontier).amax(1) > worst_kept).any())
+
+    def extend(self, scores: Tensor, token_ids: Tensor | None = None, law: Tensor | None = None) -> None:
+        """Add children to every node of the frontier and choose the next frontier.
+
+        Args:
+            scores: [B, W, V'] float32, log-probabilities plus noise; the highest ones become children.
+            token_ids: [V'] int64, the target's token of each column; None for the identity.
+            law: [B, W, V] float32, the drafter's law over the target's vocabulary, kept for the rejection
+                rule; None under the coupled rule.
+        """
+        batch, expanded, columns = scores.shape
+        width = min(self.plan.width, columns)
+        top, index = scores.topk(width, dim=-1)
+        # The clamps: a row of nothing but -inf gives -inf and not NaN, and rounding makes no child likelier
+        # than its parent, so that the most probable nodes include their ancestors.
+        total = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        path = self._path.gather(1, self.frontier)[..., None] + (top - total).clamp(max=0)
+        tokens = index if token_ids is None else token_ids[index]
+        first = self.tokens.shape[1]
+        self.tokens = torch.cat([self.tokens, tokens.flatten(1)], 1)
+        self.parents = torch.cat([self.parents, self.frontier.repeat_interleave(width, 1)], 1)
+        self._path = torch.cat([self._path, path.flatten(1)], 1)
+        if law is not None:
+            self._laws.append((self.frontier, law))
+        self.level += 1
+        if self.plan.kind == "best":
+            count = min(EXPANDED_PER_LEVEL, expanded * width)
+            self.frontier = first + path.flatten(1).topk(count, dim=1).indices
+        else:
+            self.frontier = torch.full((batch, 1), first, device=tokens.device)
+
+    def finish(self, sampled: Tensor | None = None) -> DraftTree:
+        """The tree, parents before their children, siblings in the order of their scores.
+
+        Children without a probability (fewer tokens in the drafter's law than children) are no candidates.
+
+        Args:
+            sampled: [B] bool, for the tree of that name; None where no row is.
+        """
+        if sampled is None:
+            sampled = torch.zeros(self.tokens.shape[0], dtype=torch.bool, device=self.tokens.device)
+        tokens, parents, path = self.tokens, self.parents, self._path
+        if self.plan.kind == "best":
+            assert not sampled.any(), "the shape of a best tree depends on its draws"
+            assert not self._laws, "the laws of a best tree are not kept"
+            # Stable: of equals the earlier one, so no node is kept without its parent.
+            order = path.argsort(stable=True, dim=1, descending=True)
+            kept = order[:, : self.plan.nodes].sort(dim=1).values
+            tokens, path = tokens.gather(1, kept), path.gather(1, kept)
+            parents = torch.searchsorted(kept, parents.gather(1, kept))
+            parents[:, 0] = -1
+        candidate = path.isfinite()
+        candidate[:, 0] = False
+        return DraftTree(tokens, parents, candidate, sampled, self._log_q(tokens.shape[1]))
+
+    def _log_q(self, size: int) -> Tensor | None:
+        if not self._laws:
+            return None
+        first = self._laws[0][1]
+        log_q = first.new_full((first.shape[0], size, first.shape[-1]), -torch.inf)
+        for nodes, law in self._laws:
+            log_q.scatter_(1, nodes[..., None].expand_as(law), law)
+        return log_q

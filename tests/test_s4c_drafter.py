@@ -1,0 +1,174 @@
+"""The S4C drafter: what it drafts is what its unrolled training pass predicts, round after round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from s4c.drafters import s4c as module
+from s4c.drafters.base import Sequences, TrainingBatch
+from s4c.drafters.s4c import S4CConfig, S4CDrafter, S4CModel
+from s4c.models.loading import load_target
+from s4c.types import SamplingParams
+from s4c.verify.rules import coupled
+from s4c.verify.scores import NoiseTable, Scores
+from s4c.verify.tree import TreePlan
+
+PROMPTS = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Any:
+    return load_target(str(tiny_models.save(tmp_path, "llama")))
+
+
+def drafter_of(target: Any, **config: Any) -> tuple[S4CModel, S4CDrafter]:
+    torch.manual_seed(0)
+    model = S4CModel(target, S4CConfig(head_dim=8, **config), torch.arange(0, 64, 2) if config else torch.arange(64))
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, model.drafter(target, torch.float32)
+
+
+class Run:
+    """Sequences decoded by hand, with the target's features of every committed token but the root."""
+
+    def __init__(self, target: Any, drafter: S4CDrafter, prompts: list[list[int]], plan: str) -> None:
+        self.target, self.drafter, self.plan = target, drafter, TreePlan.parse(plan)
+        self.tokens = [list(prompt) for prompt in prompts]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.noise = NoiseTable(target.spec.vocab_size, target.device)
+        target.reserve(len(prompts), 64)
+        self.features = []
+        for slot, prompt in enumerate(prompts):
+            tokens = torch.tensor(prompt[:-1], dtype=torch.int64)
+            self.features.append(target.prefill(slot, tokens))
+            drafter.prefill(slot, tokens, self.features[-1])
+
+    def propose(self) -> Any:
+        scores = Scores([SamplingParams()] * len(self.tokens), self.tokens, self.lengths, self.noise)
+        roots = torch.tensor([line[-1] for line in self.tokens])
+        positions = torch.tensor([len(line) - 1 for line in self.tokens])
+        sequences = Sequences(self.tokens, roots, positions, scores, False, self.plan)
+        return scores, self.drafter.propose(sequences)
+
+    def finish(self, scores: Any, tree: Any) -> list[int]:
+        output = self.target.verify(tree)
+        verdict = coupled(tree, output, scores)
+        self.target.commit(verdict)
+        self.drafter.commit(tree, verdict, output)
+        accepted = verdict.accepted.tolist()
+        for slot, count in enumerate(accepted):
+            self.tokens[slot] += verdict.tokens[slot, : count + 1].tolist()
+            new = output.features[slot, verdict.path[slot, : count + 1]]
+            self.features[slot] = torch.cat([self.features[slot], new])
+        return accepted
+
+
+def predicted(model: S4CModel, line: list[int], features: torch.Tensor, drafted: list[int]) -> list[int]:
+    """What the heads predict of each drafted token by the training pass over the whole text."""
+    text = line + drafted
+    padded = torch.cat([features, torch.zeros(len(text) - len(features), features.shape[1])])
+    batch = TrainingBatch(torch.tensor([text]), padded[None], torch.tensor([len(text)]), torch.tensor([0]))
+    root = len(line) - 1
+    with torch.no_grad():
+        heads = model.predictions(batch)
+        return [
+            int(model.token_ids[head.logits(head.hidden[0, root + level]).argmax()])
+            for level, head in enumerate(heads[: len(drafted)])
+        ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"heads": 2, "layers": 2},
+        {"heads": 4, "normed_output": True},
+        {"lm_head": "own"},
+        {"lm_head": "low-rank", "rank": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("plan", ["chain:4", "chain:2", "chain:1"])
+def test_drafting_is_the_unrolled_training_pass(target: Any, config: dict[str, Any], plan: str) -> None:
+    model, drafter = drafter_of(target, **config)
+    run = Run(target, drafter, PROMPTS, plan)
+    for _ in range(4):
+        scores, tree = run.propose()
+        for slot, line in enumerate(run.tokens):
+            drafted = tree.tokens[slot, 1:].tolist()
+            expected = predicted(model, line, run.features[slot], drafted)
+            assert drafted[: len(expected)] == expected
+        run.finish(scores, tree)
+
+
+def test_the_spine_of_a_comb_is_the_chain(target: Any) -> None:
+    _, drafter = drafter_of(target)
+    _, chain = Run(target, drafter, PROMPTS, "chain:5").propose()
+    _, comb = Run(target, drafter, PROMPTS, "comb:3x5").propose()
+    assert torch.equal(comb.tokens[:, 1::3], chain.tokens[:, 1:])
+    assert comb.parents[0].tolist() == [-1] + [parent for level in range(5) for parent in [max(0, 3 * level - 2)] * 3]
+
+
+def test_accepted_features_feed_the_next_draft(target: Any) -> None:
+    """With trees wide enough to accept something, drafting on equals drafting from a fresh prefill."""
+    _, drafter = drafter_of(target)
+    run = Run(target, drafter, PROMPTS, "best:60x3")
+    accepted = 0
+    for _ in range(6):
+        accepted += sum(run.finish(*run.propose()))
+    assert accepted > 0
+    lines = [list(line) for line in run.tokens]
+    _, going_on = run.propose()
+    _, fresh = Run(target, drafter_of(target)[1], lines, "best:60x3").propose()
+    assert torch.equal(going_on.tokens, fresh.tokens)
+    assert torch.equal(going_on.parents, fresh.parents)
+
+
+def test_a_slot_can_move(target: Any) -> None:
+    _, drafter = drafter_of(target)
+    run = Run(target, drafter, PROMPTS, "comb:2")
+    run.finish(*run.propose())
+    _, expected = run.propose()
+    other = Run(target, drafter_of(target)[1], PROMPTS, "comb:2")
+    other.finish(*other.propose())
+    other.target.move(2, 0)
+    other.drafter.move(2, 0)
+    other.tokens, other.lengths = [other.tokens[2], other.tokens[1]], [other.lengths[2], other.lengths[1]]
+    _, moved = other.propose()
+    assert torch.equal(moved.tokens[0], expected.tokens[2])
+    assert torch.equal(moved.tokens[1], expected.tokens[1])
+
+
+def test_a_long_prompt_is_taken_in_by_chunks(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = torch.randint(0, 64, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    _, whole = Run(target, drafter_of(target)[1], [prompt], "best:20x4").propose()
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    _, chunked = Run(target, drafter_of(target)[1], [prompt], "best:20x4").propose()
+    assert torch.equal(whole.tokens, chunked.tokens)
+
+
+def test_a_prompt_of_one_token(target: Any) -> None:
+    _, drafter = drafter_of(target)
+    _, tree = Run(target, drafter, [[7]], "comb:2").propose()
+    assert tree.size == 7
+
+
+def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
+    full = target.head_weight()
+    rank = min(full.shape)
+    model = S4CModel(target, S4CConfig(head_dim=8, lm_head="low-rank", rank=rank), torch.arange(64))
+    hidden = torch.randn(5, full.shape[1])
+    assert torch.allclose(model.logits(hidden), hidden @ full.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"heads": 0}, {"lm_head": "borrowed"}, {"rank": 0}])
+def test_a_wrong_configuration_names_the_field(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        S4CConfig(**wrong)

@@ -1,0 +1,427 @@
+"""Processors, noise and decisions, against slow per-node references, transformers and the laws they claim."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from verify_oracles import CPU, chi_square, path_to, random_parents, random_request, scores_of, slow_process
+
+from s4c.errors import BadLogits
+from s4c.types import DraftTree, SamplingParams
+from s4c.verify.scores import (
+    COIN_STREAM,
+    DRAFT_STREAM,
+    RESIDUAL_STREAM,
+    TARGET_STREAM,
+    NoiseTable,
+    Scores,
+    choose,
+    decide,
+    generator,
+    gumbel,
+    keep_top_k,
+    keep_top_p,
+)
+from s4c.verify.tree import ancestors
+
+VOCAB = 11
+FALSE_ALARM = 1e-6
+"""Chance of a failure of each statistical test, were its seeds not fixed, if the law is as claimed."""
+
+ONE_AT_A_TIME: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 1.0, "top_k": VOCAB + 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 1.0, "top_p": 1e-9},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5},
+    {"presence_penalty": 0.9},
+    {"frequency_penalty": -0.4},
+    {"logit_bias": {3: 2.5, 4: -math.inf}},
+    {"bad_words": [[2], [3, 4], [1, 2, 3], [4, 4, 4, 4]]},
+    {
+        "temperature": 0.8,
+        "top_k": 6,
+        "top_p": 0.8,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "logit_bias": {1: 1.0},
+        "bad_words": [[3, 4], [5]],
+    },
+]
+
+
+def random_tree(size: int, batch: int, rng: random.Random, vocab: int = VOCAB) -> DraftTree:
+    """Few distinct tokens, so that penalties, duplicates and bad words matter."""
+    return DraftTree(
+        tokens=torch.tensor([[rng.randrange(vocab // 2) for _ in range(size)] for _ in range(batch)]),
+        parents=torch.tensor([random_parents(size, rng) for _ in range(batch)]),
+        candidate=torch.arange(size).expand(batch, -1) > 0,
+        sampled=torch.zeros(batch, dtype=torch.bool),
+    )
+
+
+def check_against_slow(requests: list[SamplingParams], seed: int, size: int) -> None:
+    """Every node of a random tree, against the reference that decodes its text plainly."""
+    rng = random.Random(seed)
+    texts = [[rng.randrange(VOCAB // 2) for _ in range(rng.randrange(1, 9))] for _ in requests]
+    prompts = [rng.randrange(1, len(text) + 1) for text in texts]
+    tree = random_tree(size, len(requests), rng)
+    for row, text in enumerate(texts):
+        tree.tokens[row, 0] = text[-1]
+    logits = torch.randn(len(requests), size, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+    processed = scores_of(requests, texts, prompts, VOCAB).process_tree(logits.clone(), tree)
+    for row, (request, text, prompt) in enumerate(zip(requests, texts, prompts, strict=True)):
+        for node in range(size):
+            path = [int(tree.tokens[row, step]) for step in path_to(tree.parents[row].tolist(), node)]
+            expected = slow_process(request, text + path, prompt, logits[row, node].tolist())
+            assert processed[row, node].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", ONE_AT_A_TIME, ids=lambda options: "+".join(options) or "greedy")
+def test_each_processor_at_each_node(options: dict[str, Any]) -> None:
+    for seed in range(4):
+        check_against_slow([SamplingParams(**options)], seed, size=1 + 3 * seed)
+
+
+def test_requests_of_a_batch_keep_to_themselves() -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        check_against_slow([random_request(rng, VOCAB) for _ in range(4)], seed, size=1 + seed % 8)
+
+
+def test_bad_word_across_history_and_drafted_path() -> None:
+    tree = DraftTree(
+        torch.tensor([[2, 3, 5]]),
+        torch.tensor([[-1, 0, 0]]),
+        torch.tensor([[False, True, True]]),
+        torch.tensor([False]),
+    )
+    scores = scores_of([SamplingParams(bad_words=[[1, 2, 3, 4]])], [[1, 2]], [1], VOCAB)
+    banned = scores.process_tree(torch.zeros(1, 3, VOCAB), tree)[0].isinf().nonzero().tolist()
+    assert banned == [[1, 4]]
+
+
+def test_probes_are_no_text() -> None:
+    """Their tokens may lie outside the vocabulary, and neither penalties nor bad words see them."""
+    tree = DraftTree(
+        torch.tensor([[2, VOCAB + 3, 3]]),
+        torch.tensor([[-1, 0, 0]]),
+        torch.tensor([[False, False, True]]),
+        torch.tensor([False]),
+    )
+    request = SamplingParams(frequency_penalty=1.0, bad_words=[[0, 1]])
+    processed = scores_of([request], [[2]], [1], VOCAB).process_tree(torch.zeros(1, 3, VOCAB), tree)
+    assert processed[0, :2].eq(0).all()
+    assert processed[0, 2].nonzero().tolist() == [[3]]
+
+
+# --- against transformers ---
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+        ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"temperature": 1.0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+        ({"repetition_penalty": 1.4}, [RepetitionPenaltyLogitsProcessor(1.4)]),
+        ({"logit_bias": {3: 1.5, 7: -4.0}}, [SequenceBiasLogitsProcessor([[[3], 1.5], [[7], -4.0]])]),
+        ({"bad_words": [[2], [1, 3], [0, 1, 4]]}, [NoBadWordsLogitsProcessor([[2], [1, 3], [0, 1, 4]])]),
+        (
+            {"repetition_penalty": 1.4, "bad_words": [[1, 3]], "temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+            [
+                RepetitionPenaltyLogitsProcessor(1.4),
+                NoBadWordsLogitsProcessor([[1, 3]]),
+                TemperatureLogitsWarper(1.5),
+                TopKLogitsWarper(9),
+                TopPLogitsWarper(0.9),
+                MinPLogitsWarper(0.05),
+            ],
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_equal_to_transformers(options: dict[str, Any], theirs: list[Any]) -> None:
+    for seed in range(20):
+        noise = torch.Generator().manual_seed(seed)
+        text = torch.randint(0, 5, (1, 8), generator=noise)
+        logits = torch.randn(1, VOCAB, generator=noise) * 2
+        expected = LogitsProcessorList(theirs)(text, logits.clone())
+        processed = scores_of([SamplingParams(**options)], text.tolist(), [3], VOCAB).process(logits[:, None].clone())
+        torch.testing.assert_close(processed[:, 0], expected, atol=1e-5, rtol=0)
+
+
+# --- a reduced vocabulary ---
+
+
+def test_reduced_vocabulary_is_a_gather_before_warping() -> None:
+    token_ids = torch.tensor([0, 2, 3, 7, 9])
+    for seed in range(20):
+        rng = random.Random(seed)
+        requests = [random_request(rng, VOCAB, temperature=0.0) for _ in range(3)]
+        texts = [[rng.randrange(VOCAB) for _ in range(5)] for _ in requests]
+        tree = random_tree(6, 3, rng)
+        path = tree.tokens[:, 1:], ancestors(tree.parents)[:, :, 1:]
+        logits = torch.randn(3, 6, VOCAB, generator=torch.Generator().manual_seed(seed))
+        scores = scores_of(requests, texts, [2, 3, 5], VOCAB)
+        reduced = scores.process(logits[..., token_ids], *path, token_ids=token_ids)
+        assert torch.equal(reduced, scores.process(logits, *path)[..., token_ids])
+
+
+def test_reduced_vocabulary_shares_the_noise() -> None:
+    token_ids = torch.tensor([1, 4, 8])
+    scores = scores_of([SamplingParams(temperature=1.0, seed=3)], [[0]], [1], VOCAB)
+    positions = torch.tensor([[4, 6, 4]])
+    whole, reduced = scores.noise(positions), scores.noise(positions, token_ids=token_ids)
+    assert whole is not None
+    assert reduced is not None
+    assert torch.equal(reduced, whole[..., token_ids])
+
+
+# --- top-k and top-p ---
+
+
+def test_top_k_keeps_ties_of_the_kth() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 1.0, 0.0]]])
+    assert keep_top_k(logits, [2]).isfinite().tolist() == [[[True, True, True, False]]]
+    assert torch.equal(keep_top_k(logits, [0]), logits)
+    assert keep_top_k(logits.repeat(2, 1, 1), [0, 1]).isfinite().sum((1, 2)).tolist() == [4, 1]
+
+
+def test_top_p_keeps_ties_together_and_at_least_one() -> None:
+    logits = torch.tensor([[[0.4, 0.25, 0.25, 0.1]]]).log()
+    kept = [int(keep_top_p(logits, torch.tensor([[p]])).isfinite().sum()) for p in (1e-6, 0.39, 0.41, 0.6, 0.95, 1.0)]
+    assert kept == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 8.0])
+def test_top_p_of_large_vocabularies(scale: float) -> None:
+    """Laws whose mass lies in the first 64, in the first 1024, or beyond."""
+    logits = torch.randn(3, 2, 3000, generator=torch.Generator().manual_seed(1)) * scale
+    top_p = torch.tensor([0.05, 0.5, 0.97])
+    kept = keep_top_p(logits, top_p[:, None])
+    for row, node in np.ndindex(3, 2):
+        law = logits[row, node].double().softmax(-1)
+        above = torch.stack([law[law > p].sum() for p in law])
+        clear = (above - top_p[row]).abs() > 1e-5
+        assert torch.equal(kept[row, node].isfinite()[clear], (above < top_p[row].double())[clear])
+
+
+def test_a_node_is_processed_as_if_it_were_alone() -> None:
+    """Bit for bit: the order of a sum must not depend on how many nodes, sequences or threads there are."""
+    requests = [SamplingParams(temperature=0.9, top_k=20_000, top_p=0.93, min_p=1e-4)] * 2
+    logits = torch.randn(2, 5, 40_000, generator=torch.Generator().manual_seed(2)) * 3
+    together = scores_of(requests, [[1], [1]], [1, 1], 40_000).process(logits)
+    for row, node in np.ndindex(2, 5):
+        alone = scores_of(requests[:1], [[1]], [1], 40_000).process(logits[row, node][None, None].clone())
+        assert torch.equal(alone[0, 0], together[row, node])
+
+
+# --- noise ---
+
+
+def test_noise_is_a_function_of_seed_stream_and_position() -> None:
+    keys = [
+        (seed, stream, position)
+        for seed in (0, 1, 2**63, 2**63 + 1, 2**64 - 1)
+        for stream in (TARGET_STREAM, DRAFT_STREAM, COIN_STREAM, RESIDUAL_STREAM)
+        for position in (0, 1, 2, 100_000, 2**40)
+    ]
+    rows = {key: gumbel(*key, 16) for key in keys}
+    assert len({row.tobytes() for row in rows.values()}) == len(keys)
+    table = NoiseTable(16, CPU)
+    for key in reversed(keys):
+        assert table.row(*key).tolist() == rows[key].tolist() == table.row(*key).tolist()
+
+
+def test_noise_is_pinned() -> None:
+    """A seed means the same text in every release and on every machine."""
+    pinned = [0.04653421, 0.03604552, -1.01731515, 0.15047626]
+    assert gumbel(12345, TARGET_STREAM, 7, 4).tolist() == pytest.approx(pinned, abs=1e-6)
+
+
+def test_noise_at_nodes() -> None:
+    requests = [SamplingParams(temperature=t, seed=seed) for t, seed in ((1.0, 5), (0.0, 6), (0.5, 2**64 - 1))]
+    positions = torch.tensor([[3, 4, 4, 5], [9, 9, 10, 10], [1, 2, 3, 2]])
+    noise = scores_of(requests, [[0]] * 3, [1] * 3, VOCAB).noise(positions, DRAFT_STREAM)
+    assert noise is not None
+    for row, node in np.ndindex(3, 4):
+        expected = gumbel(requests[row].seed or 0, DRAFT_STREAM, int(positions[row, node]), VOCAB)
+        assert noise[row, node].tolist() == ([0.0] * VOCAB if row == 1 else expected.tolist())
+
+
+def test_greedy_batches_have_no_noise() -> None:
+    assert scores_of([SamplingParams()], [[0]], [1], VOCAB).noise(torch.tensor([[1]])) is None
+
+
+def test_noise_table_keeps_what_may_be_asked_again() -> None:
+    table = NoiseTable(4, CPU)
+    for seed, position in ((1, 3), (1, 4), (2, 9), (3, 9)):
+        table.row(seed, TARGET_STREAM, position)
+    table.keep({1: 4, 2: 9})
+    assert sorted(table._rows) == [(1, TARGET_STREAM, 4), (2, TARGET_STREAM, 9)]
+
+
+def test_noise_has_the_gumbel_law() -> None:
+    """Kolmogorov-Smirnov over positions and tokens; exceeding 2.7 has a chance of 2 exp(-2 2.7^2) < 1e-6."""
+    noise = np.sort(np.concatenate([gumbel(3, TARGET_STREAM, position, 500) for position in range(100)]))
+    law = np.exp(-np.exp(-noise.astype(np.float64)))
+    steps = np.arange(len(law) + 1) / len(law)
+    largest = max(np.abs(law - steps[1:]).max(), np.abs(law - steps[:-1]).max())
+    assert largest * math.sqrt(len(law)) < 2.7
+
+
+def drawn(noise: list[np.ndarray], logits: Tensor) -> list[int]:
+    table = torch.from_numpy(np.stack(noise))
+    return decide(logits.expand(len(noise), 1, -1), table[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("across", ["positions", "seeds"])
+def test_tokens_drawn_have_the_law(across: str) -> None:
+    law = torch.tensor([0.5, 0.25, 0.15, 0.0, 0.07, 0.03])
+    keys = [(11, t) if across == "positions" else (t, 11) for t in range(20_000)]
+    tokens = drawn([gumbel(seed, TARGET_STREAM, position, 6) for seed, position in keys], law.log())
+    assert chi_square([tokens.count(token) for token in range(6)], law.tolist()) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [(TARGET_STREAM, 5), (TARGET_STREAM, 6)],
+        [(TARGET_STREAM, 5), (DRAFT_STREAM, 5)],
+        [(DRAFT_STREAM, 5), (RESIDUAL_STREAM, 5)],
+        [(DRAFT_STREAM, 5), (DRAFT_STREAM, 6)],
+    ],
+)
+def test_draws_of_other_positions_and_streams_are_independent(pair: list[tuple[int, int]]) -> None:
+    logits = torch.zeros(4)
+    one, other = (drawn([gumbel(seed, *key, 4) for seed in range(6000)], logits) for key in pair)
+    counts = [0] * 16
+    for a, b in zip(one, other, strict=True):
+        counts[4 * a + b] += 1
+    assert chi_square(counts, [1 / 16] * 16) > FALSE_ALARM
+
+
+def test_coins_are_uniform_and_independent_of_each_other_and_of_the_residual_draw() -> None:
+    counts = [0] * 64
+    for seed in range(8000):
+        first, second = generator(seed, COIN_STREAM, 5).random(2)
+        residual = int(gumbel(seed, RESIDUAL_STREAM, 5, 4).argmax())
+        counts[16 * int(4 * first) + 4 * int(4 * second) + residual] += 1
+    assert chi_square(counts, [1 / 64] * 64) > FALSE_ALARM
+
+
+# --- decisions ---
+
+
+@pytest.mark.parametrize(
+    ("poison", "words"),
+    [
+        ([math.nan, 0.0, 1.0], "NaN or infinity"),
+        ([math.inf, 0.0, 1.0], "NaN or infinity"),
+        ([-math.inf] * 3, "exclude every token"),
+    ],
+)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_decide_names_the_row_without_a_law(poison: list[float], words: str, noisy: bool) -> None:
+    logits = torch.zeros(3, 2, 3)
+    logits[1, 1] = torch.tensor(poison)
+    with pytest.raises(BadLogits, match=rf"sequence 1 of the batch .*{words}") as caught:
+        decide(logits, torch.zeros_like(logits) if noisy else None)
+    assert caught.value.rows == [1]
+
+
+def test_choose_marks_nodes_without_a_law_and_spares_the_others() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [math.nan, 1.0], [-math.inf, -math.inf]]])
+    assert choose(logits, None).tolist() == [[1, -1, -2]]
+
+
+def test_warpers_pass_bad_logits_on_to_the_decision() -> None:
+    """Nothing turns NaN into a law on the way."""
+    request = SamplingParams(temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2, bad_words=[[1, 2]])
+    scores: Scores = scores_of([request], [[0]], [1], 4)
+    for poison in ([math.nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, math.nan], [math.inf, 1.0, 0.0, 0.0], [-math.inf] * 4):
+        assert choose(scores.process(torch.tensor([[poison]])), None).item() < 0
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("max_new_tokens", [0, -1, 1.5, True, "3", None, math.nan], "an integer of at least 1"),
+        ("temperature", [-0.1, math.nan, math.inf, 1e-9, 1e7, "1", True, None, 10**400], "0 .greedy., or a number"),
+        ("top_k", [-1, 2.0, True, math.nan], "an integer: 0 .off. or above"),
+        ("top_p", [0, -0.5, 1.01, math.nan, math.inf, "1", None], "above 0 and at most 1"),
+        ("min_p", [-0.1, 1.1, math.nan, True], "from 0 .off. to 1"),
+        ("repetition_penalty", [0, -1, math.nan, math.inf, 1e300], "1 is off"),
+        ("presence_penalty", [math.nan, math.inf, -1e300, "0"], "0 is off"),
+        ("frequency_penalty", [math.nan, -math.inf, 1e300, None], "0 is off"),
+        ("logit_bias", [{1: math.nan}, {1: math.inf}, {-1: 0.0}, {1.5: 0.0}, {"1": 0.0}, [1], {1: "x"}], "a mapping of"),
+        ("bad_words", [[[]], [1], [["a"]], [[-1]], "word", ["word"], [[1.0]], 5], "non-empty lists of token ids"),
+        ("stop", ["", [""], [1], 5], "none of them empty"),
+        ("stop_token_ids", [[-1], [1.5], "1", 5, [True]], "a list of token ids"),
+        ("ignore_eos", [1, None], "True or False"),
+        ("logprobs", [2], "True or False"),
+        ("seed", [-1, 2**64, 1.0, "x", True], "an integer from 0 to 2.*, or None"),
+    ],
+)  # fmt: skip
+def test_parameters_outside_their_range_are_refused(name: str, values: list[Any], allowed: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be .*{allowed}"):
+            SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": np.float32(0.7)},
+        {"top_p": 1},
+        {"top_k": np.int64(4)},
+        {"seed": 2**64 - 1},
+        {"seed": None},
+        {"logit_bias": {0: -math.inf, 3: 2}},
+        {"bad_words": ((1, 2), [3])},
+        {"stop": ["a", "b"]},
+        {"stop_token_ids": (0,)},
+        {"max_new_tokens": 1},
+    ],
+)
+def test_parameters_inside_their_range_are_taken(options: dict[str, Any]) -> None:
+    SamplingParams(**options)
+
+
+def test_a_single_stop_string() -> None:
+    assert SamplingParams(stop="end").stop == ("end",)
+
+
+def test_only_history_dependent_processors_need_history() -> None:
+    assert not SamplingParams(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logit_bias={1: 1.0}).needs_history
+    for options in ONE_AT_A_TIME[8:12] + ONE_AT_A_TIME[13:14]:
+        assert SamplingParams(**options).needs_history
