@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +35,9 @@ SETTINGS = {
         bad_words=[[7, 7], [12], [3, 4, 5]],
         seed=5,
     ),
-    "penalised greedy": SamplingParams(max_new_tokens=24, ignore_eos=True, repetition_penalty=1.5, bad_words=[[7], [3, 8]]),
+    "penalised greedy": SamplingParams(
+        max_new_tokens=24, ignore_eos=True, repetition_penalty=1.5, bad_words=[[7], [3, 8]]
+    ),
 }
 
 
@@ -177,7 +178,9 @@ def test_the_end_of_sequence_token_ends_a_request(llm: LLM) -> None:
     ended = llm.generate(PROMPTS[0], params)
     assert ended.finish_reason == "eos"
     assert ended.token_ids[-1] == 1
-    assert llm.generate(PROMPTS[0], replace(params, ignore_eos=True)).token_ids[: len(ended.token_ids)] == ended.token_ids
+    assert (
+        llm.generate(PROMPTS[0], replace(params, ignore_eos=True)).token_ids[: len(ended.token_ids)] == ended.token_ids
+    )
 
 
 def test_the_context_ends_a_request(llm: LLM) -> None:
@@ -281,17 +284,19 @@ def test_unusable_logits_end_their_own_request_alone(llm: LLM, monkeypatch: pyte
     assert [g.token_ids for g in generations] == [expected[0], expected[1][:2], expected[2]]
     assert [g.finish_reason for g in generations] == ["length", "error", "length"]
     assert "NaN" in str(generations[1].error)
-    passes = iter(range(2, 100))
+    monkeypatch.setattr(llm.target, "verify", unusable(verify))
     with pytest.raises(BadLogits, match="NaN"):
-        monkeypatch.setattr(llm.target, "verify", lambda tree: broken_single(verify, tree))
         llm.generate(PROMPTS[0], params)
     assert llm._engine.scheduler.idle
 
 
-def broken_single(verify: Any, tree: DraftTree) -> Any:
-    output = verify(tree)
-    output.logits[:] = torch.nan
-    return output
+def unusable(verify: Any) -> Any:
+    def broken(tree: DraftTree) -> Any:
+        output = verify(tree)
+        output.logits[:] = torch.nan
+        return output
+
+    return broken
 
 
 @pytest.mark.parametrize(
@@ -308,7 +313,9 @@ def broken_single(verify: Any, tree: DraftTree) -> Any:
         ([{"role": "user", "content": "x"}], SamplingParams(), "tokenizer"),
     ],
 )
-def test_bad_requests_are_refused_and_the_others_live(llm: LLM, prompt: Any, params: SamplingParams, message: str) -> None:
+def test_bad_requests_are_refused_and_the_others_live(
+    llm: LLM, prompt: Any, params: SamplingParams, message: str
+) -> None:
     llm.use("none")
     with pytest.raises(ValueError, match=message):
         llm.generate(prompt, params)

@@ -104,7 +104,9 @@ def test_batched_is_single(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 64, (n,), generator=generator) for n in (3, 17, 9, 0)]
     tree = tree_of([-1, 0, 0, 1], [7, 8, 9, 10])
-    rows = DraftTree(*(x.repeat(4, *[1] * (x.ndim - 1)) for x in (tree.tokens, tree.parents, tree.candidate)), tree.sampled)
+    rows = DraftTree(
+        *(x.repeat(4, *[1] * (x.ndim - 1)) for x in (tree.tokens, tree.parents, tree.candidate)), tree.sampled
+    )
     target.reserve(4, 32)
     alone = []
     for prompt in prompts:

@@ -20,9 +20,7 @@ from s4c.verify.tree import TreePlan, ancestors, depths, from_paths, root_only
 @st.composite
 def batches_of_parents(draw: st.DrawFn) -> list[list[int]]:
     size = draw(st.integers(1, 12))
-    return [
-        [-1] + [draw(st.integers(0, node - 1)) for node in range(1, size)] for _ in range(draw(st.integers(1, 3)))
-    ]
+    return [[-1] + [draw(st.integers(0, node - 1)) for node in range(1, size)] for _ in range(draw(st.integers(1, 3)))]
 
 
 def paths_of(tree: DraftTree, row: int = 0) -> list[Text]:

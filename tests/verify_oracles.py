@@ -59,9 +59,7 @@ def random_parents(size: int, rng: random.Random) -> list[int]:
 def output_of(tree: DraftTree, texts: Sequence[Text], models: Sequence[Model]) -> TargetOutput:
     """What a target would give: each node's logits follow from the text and the node's own path."""
     rows = []
-    for tokens, parents, text, model in zip(
-        tree.tokens.tolist(), tree.parents.tolist(), texts, models, strict=True
-    ):
+    for tokens, parents, text, model in zip(tree.tokens.tolist(), tree.parents.tolist(), texts, models, strict=True):
         paths = [tuple(tokens[step] for step in path_to(parents, node)) for node in range(len(tokens))]
         rows.append(torch.stack([model(tuple(text) + path) for path in paths]))
     return TargetOutput(torch.stack(rows), torch.zeros(len(rows), tree.size, 1))
@@ -228,7 +226,7 @@ def outcomes(run: Callable[[Chance], Text], chance: type[ScriptedChance]) -> Ite
         text = run(source)
         yield source.probability, text
         for step in range(len(script), len(source.taken)):
-            scripts += [source.taken[:step] + [other] for other in range(1, source.options[step])]
+            scripts += [[*source.taken[:step], other] for other in range(1, source.options[step])]
 
 
 Trees = Callable[[Text], Iterator[tuple[float, DraftTree]]]
@@ -251,7 +249,9 @@ def sampled_trees(plan: TreePlan, law_of: Model) -> Trees:
         if len(drawn) == plan.depth:
             yield 1.0, build(text, drawn)
             return
-        q = law_of(text + tuple(earlier[0] for earlier in drawn)).double().softmax(-1).tolist()
+        # The law as the tree carries it, rounded to float32.
+        reported = law_of(text + tuple(earlier[0] for earlier in drawn)).log_softmax(-1)
+        q = reported.double().softmax(-1).tolist()
         support = [token for token, p in enumerate(q) if p > 0]
         for children in permutations(support, min(plan.width, len(support))):
             probability, left = 1.0, 1.0
@@ -281,9 +281,9 @@ def processed_by(request: SamplingParams, model: Model, vocab: int) -> Model:
 
 def plain_law(model: Model, request: SamplingParams, prompt: Text, length: int, vocab: int) -> dict[Text, float]:
     """The law of the next `length` tokens under plain decoding."""
-    law = {(): 1.0}
+    law: dict[Text, float] = {(): 1.0}
     for _ in range(length):
-        longer = {}
+        longer: dict[Text, float] = {}
         for text, probability in law.items():
             following = processed_by(request, model, vocab)(prompt + text).double().softmax(-1).tolist()
             longer.update({(*text, token): probability * p for token, p in enumerate(following)})

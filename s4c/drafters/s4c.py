@@ -17,6 +17,7 @@ costs one call per level, and nothing is computed twice.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,11 +99,15 @@ class S4CHead(nn.Module):
 
     def forward(self, embedding: Tensor, feature: Tensor) -> Tensor:
         """The layers' input: [B, N, d] of [B, N, d] embeddings and features."""
-        return self.join(torch.cat([self.embedding_norm(embedding), feature.float()], -1)).float()
+        joined: Tensor = self.join(torch.cat([self.embedding_norm(embedding), feature.float()], -1))
+        return joined.float()
 
     def output(self, x: Tensor) -> Tensor:
         """The feature that goes to the LM head and to the next head."""
-        return x if self.norm is None else self.norm(x)
+        if self.norm is None:
+            return x
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class S4CModel(DraftModel):
@@ -116,6 +121,9 @@ class S4CModel(DraftModel):
 
     token_ids: Tensor
     embedding: Tensor
+    head_rows: Tensor
+    down: Linear
+    up: Linear
 
     def __init__(self, target: Target, config: S4CConfig, token_ids: Tensor) -> None:
         super().__init__()
@@ -133,9 +141,15 @@ class S4CModel(DraftModel):
             self.up = Linear.of(head_rows.clone())
         else:
             self.register_buffer("head_rows", head_rows, persistent=False)
-        for head in self.heads:
+        for head in self.each_head():
             _initialise(head, target.final_norm_weight())
         self.requires_grad_(True)
+
+    def each_head(self) -> Iterator[S4CHead]:
+        """The heads in drafting order."""
+        for head in self.heads:
+            assert isinstance(head, S4CHead)
+            yield head
 
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
         embedding = self.embedding[batch.tokens].float()
@@ -145,8 +159,7 @@ class S4CModel(DraftModel):
         causal = torch.ones(1, count, count, dtype=torch.bool, device=device).tril()
         feature = batch.features
         predictions = []
-        for head in self.heads:
-            assert isinstance(head, S4CHead)
+        for head in self.each_head():
             x = head(embedding, F.pad(feature, (0, 0, 1, 0))[:, :-1])
             mask = grouped_mask(causal, self.shape, _product_dtype(x))
             for layer in head.layers:
@@ -172,7 +185,7 @@ class S4CModel(DraftModel):
     def frequencies(self, device: torch.device) -> Tensor:
         """[head_dim / 2]: rotary angles per position."""
         exponent = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
-        return 1.0 / (self.config.rope_theta**exponent)
+        return torch.full_like(exponent, self.config.rope_theta).pow(-exponent)
 
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> S4CDrafter:
         return S4CDrafter(self, target, dtype or drafting_dtype(target))
@@ -282,7 +295,7 @@ class S4CDrafter(Drafter):
         self._embedding = target.embedding_weight()
         self._frequencies = model.frequencies(self.device)
         self._dtype = dtype
-        self.heads: list[S4CHead] = [copy.deepcopy(head).to(self.device).eval() for head in model.heads]  # type: ignore[misc]
+        self.heads = [copy.deepcopy(head).to(self.device).eval() for head in model.each_head()]
         self.lm_head = model.lm_head().to(self.device)
         for part in (*self.heads, self.lm_head):
             pack(part, dtype)

@@ -1,16 +1,17 @@
 """The face of the library: a target, a drafter, and text.
 
-    llm = LLM("smollm2-135m")
-    print(llm.generate("Once upon a time").text)
+llm = LLM("smollm2-135m")
+print(llm.generate("Once upon a time").text)
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence as Ordered
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ SHIPPED = Path(__file__).parent.parent / "shipped"
 """Drafters that come with the package, one folder each."""
 
 Chat = Ordered[Mapping[str, str]]
-Prompt = Union[str, Chat, Ordered[int]]
+Prompt = str | Chat | Ordered[int]
 """A text, a chat (messages with `role` and `content`) or token ids."""
 
 
@@ -95,9 +96,7 @@ class LLM:
         if isinstance(target, str):
             directory = resolve(target)
             self.tokenizer = load_tokenizer(directory) if (directory / "tokenizer_config.json").exists() else None
-            target = load_target(
-                target, runtime=runtime, dtype=dtype, device=device, context_length=context_length
-            )
+            target = load_target(target, runtime=runtime, dtype=dtype, device=device, context_length=context_length)
         self.target = target
         self.rule = rule
         self.max_batch = max_batch
@@ -162,9 +161,7 @@ class LLM:
         finally:
             engine.scheduler.cancel(sequence)
 
-    def complete(
-        self, prompts: Ordered[Prompt], params: Ordered[SamplingParams]
-    ) -> Iterator[tuple[int, Generation]]:
+    def complete(self, prompts: Ordered[Prompt], params: Ordered[SamplingParams]) -> Iterator[tuple[int, Generation]]:
         """Decode many prompts and yield each outcome with its index as soon as it is there."""
         sequences = [self._sequence(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         index = {id(sequence): number for number, sequence in enumerate(sequences)}
@@ -233,7 +230,9 @@ class LLM:
         for where, tokens in named.items():
             wrong = [token for token in tokens if not 0 <= token < spec.vocab_size]
             if wrong:
-                raise ValueError(f"token {wrong[0]} in {where} is out of range; it must be from 0 to {spec.vocab_size - 1}")
+                raise ValueError(
+                    f"token {wrong[0]} in {where} is out of range; it must be from 0 to {spec.vocab_size - 1}"
+                )
         if params.stop:
             self._need_tokenizer("a stop string")
         if params.seed is None:
@@ -265,7 +264,8 @@ def choose_drafter(name: str | Path, target: Target) -> Drafter:
     if Path(name).is_dir():
         return load_drafter(Path(name), target, METHODS)
     raise ValueError(
-        f"drafter {str(name)!r} is not known; it must be auto, none, {', '.join(ready)}, or the directory of a checkpoint"
+        f"drafter {str(name)!r} is not known; it must be auto, none, {', '.join(ready)}, "
+        "or the directory of a checkpoint"
     )
 
 

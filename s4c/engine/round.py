@@ -1,11 +1,11 @@
 """The engine: rounds over the running sequences.
 
-    sequences = admit()                           # free slots go to waiting requests, which are prefilled
-    tree      = drafter.propose(sequences)        # candidates and probes
-    output    = target.verify(tree)               # logits and features, one forward pass
-    verdict   = rule(tree, output, scores)        # accepted path and bonus
-    target.commit(verdict); drafter.commit(...)   # keep the accepted path
-    commit(verdict)                               # append, detokenise, stop
+sequences = admit()                           # free slots go to waiting requests, which are prefilled
+tree      = drafter.propose(sequences)        # candidates and probes
+output    = target.verify(tree)               # logits and features, one forward pass
+verdict   = rule(tree, output, scores)        # accepted path and bonus
+target.commit(verdict); drafter.commit(...)   # keep the accepted path
+commit(verdict)                               # append, detokenise, stop
 """
 
 from __future__ import annotations

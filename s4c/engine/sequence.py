@@ -6,7 +6,8 @@ plain decoding would have ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from s4c.engine.stats import Stats
@@ -143,7 +144,8 @@ class Sequence:
 
     def generation(self) -> Generation:
         """The outcome of a finished request."""
-        assert self.finish_reason is not None and self.params.seed is not None
+        assert self.finish_reason is not None
+        assert self.params.seed is not None
         return Generation(
             text=self.text,
             token_ids=self.output,

@@ -62,9 +62,7 @@ class Linear(nn.Module):
         if self._packed is None:
             x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
             return F.linear(x, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(self._dtype), self._packed, self.bias, "none", [], ""
-        )
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._packed, self.bias, "none", [], "")
         return product
 
 
@@ -212,7 +210,8 @@ class DecoderLayer(nn.Module):
             layer: which layer of the cache is this one's.
         """
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+        mixed: Tensor = x + self.mlp(self.mlp_norm(x))
+        return mixed
 
 
 def pack(module: nn.Module, dtype: torch.dtype | None = None) -> None:

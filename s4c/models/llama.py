@@ -182,12 +182,15 @@ class LlamaTarget(Target):
                 continue
             if tensor.shape != place.shape:
                 raise CorruptCheckpoint(
-                    f"weight {name} of {self.spec.name} is {list(tensor.shape)}; the configuration wants {list(place.shape)}"
+                    f"weight {name} of {self.spec.name} is {list(tensor.shape)}; "
+                    f"its configuration wants {list(place.shape)}"
                 )
             place.copy_(tensor)
             missing.remove(name)
         if missing:
-            raise CorruptCheckpoint(f"the weights of {self.spec.name} lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+            raise CorruptCheckpoint(
+                f"the weights of {self.spec.name} lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
+            )
         for part in (*self.layers, self.head):
             pack(part)
 

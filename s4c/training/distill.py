@@ -29,6 +29,8 @@ Generate = Callable[[list[list[int]], list[SamplingParams]], Iterator[tuple[int,
 """Prompts and their parameters in; (index, answer token ids) out, as they are finished, in any order."""
 
 SELF_PROMPTS_AT_ONCE = 64
+PATIENCE = 8
+"""So many groups of self-written prompts without a usable one end a run."""
 MARKER = "s4c-user-words-stand-here"
 
 
@@ -143,28 +145,31 @@ def distill_self(
         config: the settings.
 
     Raises:
-        ValueError: the target ends none of its prompts, or `out` holds something else than such rows.
+        ValueError: the target writes nothing new that it ends, or `out` holds something else than such rows.
         OSError: `out` cannot be written; the rows in it are whole.
     """
     with _Rows(out) as rows, _bar() as bar:
         before = [row for row in rows.present if row["source"] == "self"]
         known = {tuple(row["prompt_ids"]) for row in before}
         task = bar.add_task("self-written", total=count, completed=len(before), tokens=0)
-        group = max((row["group"] for row in before if "group" in row), default=-1) + 1
+
+        def tell() -> None:
+            bar.update(task, advance=1, tokens=rows.new_tokens)
+
+        # A group that a stop cut short is not taken up again: the next one has seeds of its own.
+        group = max((row.get("group", -1) for row in before), default=-1) + 1
         barren = 0
-        while len(before) + rows.new < count and barren < 8:
+        while len(before) + rows.new < count:
             fresh = [p for p in _write_prompts(frame, group, ends, generate, config) if p.token_ids not in known]
-            known |= {p.token_ids for p in fresh}
             barren = 0 if fresh else barren + 1
-            todo = fresh[: count - len(before) - rows.new]
-            tell = lambda: bar.update(task, advance=1, tokens=rows.new_tokens)  # noqa: E731
-            _answer(todo, generate, rows, config, tell, {"group": group})
+            if barren == PATIENCE:
+                raise ValueError(
+                    f"the target wrote no new usable prompt in {PATIENCE * SELF_PROMPTS_AT_ONCE} tries (each must end "
+                    f"its turn within {config.max_prompt_tokens} tokens); give a file of prompts"
+                )
+            known |= {p.token_ids for p in fresh}
+            _answer(fresh[: count - len(before) - rows.new], generate, rows, config, tell, {"group": group})
             group += 1
-        if barren and rows.new == 0 and len(before) < count:
-            raise ValueError(
-                f"the target wrote no usable prompt in {barren * SELF_PROMPTS_AT_ONCE} tries (each must end its turn "
-                f"within {config.max_prompt_tokens} tokens); give a file of prompts"
-            )
         return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, 0)
 
 

@@ -114,7 +114,7 @@ def cross_entropies(logits: Tensor, column: Tensor, law: Tensor) -> tuple[Tensor
     Returns:
         Two scalars; 0 where no row counts.
     """
-    lm, teacher = _CrossEntropies.apply(logits, column, law)
+    lm, teacher = _CrossEntropies.apply(logits, column, law)  # type: ignore[no-untyped-call]
     return lm, teacher
 
 
@@ -124,7 +124,7 @@ class _CrossEntropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, column: Tensor, law: Tensor) -> tuple[Tensor, Tensor]:
         log_q = logits.log_softmax(-1)
-        known = (column >= 0).float() / (column >= 0).sum().clamp(min=1)
+        known = (column >= 0).to(logits.dtype) / (column >= 0).sum().clamp(min=1)
         ctx.save_for_backward(log_q, column, law, known)
         truth = log_q.gather(1, column.clamp(min=0)[:, None])[:, 0]
         return -(truth * known).sum(), -torch.dot(log_q.flatten(), law.flatten()) / max(1, len(law))

@@ -1,0 +1,186 @@
+"""`s4c eval`: how good a drafter is.
+
+    s4c eval --drafter run/best --data text.jsonl
+
+Three looks at it: how often each head has the target's token among its first k, the mean acceptance length
+(MAL) simulated over recorded answers at temperature 0, and the MAL of the engine on the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s4c.cli import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from s4c.engine.llm import LLM
+    from s4c.training.data import Row
+
+BATCH_TOKENS = 2048
+TEMPERATURES = (0.0, 1.0)
+
+
+def evaluate(
+    data: options.Data,
+    drafter: options.Drafter = "auto",
+    target: options.Target = options.DEFAULT_TARGET,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts for the engine, as for `s4c distill`.", show_default="those of the data"),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the prompts that training held out; 1 takes all of them.")
+    ] = 0.03,
+    rows: Annotated[int, typer.Option(help="Most rows, and most prompts.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Rows are cut to so many tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens that the engine writes for a prompt.")] = 128,
+    batch: Annotated[int, typer.Option(help="Prompts that the engine answers at once.")] = 8,
+    seed: options.Seed = 0,
+    tree: options.Tree = "auto",
+    rule: options.Rule = "coupled",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    runtime: options.Runtime = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a drafter on text that it was not trained on."""
+    llm = options.load(
+        target,
+        drafter,
+        tree=tree,
+        rule=rule,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        runtime=runtime,
+        max_batch=batch,
+    )
+    chosen = _held_out(llm, data, held_out, rows, max_length)
+    asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
+    folder = _folder(llm, drafter)
+    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": tree, "rows": len(chosen)}
+    with options.spinner("features of the target"):
+        features = _features(llm, chosen)
+    with options.spinner("heads"):
+        report["heads"] = None if folder is None else _heads(llm, folder, chosen, features)
+    with options.spinner("simulated drafting"):
+        report["simulated"] = _simulated(llm, chosen, features)
+    report["engine"] = {}
+    for temperature in TEMPERATURES:
+        with options.spinner(f"the engine at temperature {temperature:g}"):
+            report["engine"][f"{temperature:g}"] = _engine(llm, asked, temperature, max_new_tokens, seed)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        _print(report)
+
+
+def _held_out(llm: LLM, data: list[Path], share: float, most: int, max_length: int) -> list[Row]:
+    from s4c.training.data import read_rows, split, truncate
+
+    if not 0 < share <= 1:
+        raise ValueError(f"--held-out is {share}; it must be a share above 0 and at most 1 (all rows)")
+    if most < 1:
+        raise ValueError(f"--rows is {most}; it must be at least 1")
+    spec = llm.target.spec
+    with options.spinner("reading the data"):
+        every = truncate(read_rows(data, spec.vocab_size), min(max_length, spec.context_length))
+    _, held = split(every, share)
+    if not held:
+        raise ValueError(f"none of the {len(every)} rows is held out at a share of {share}; raise --held-out, 1 is all")
+    return held[:most]
+
+
+def _prompts(llm: LLM, path: Path, most: int) -> list[list[int]]:
+    from s4c.training.data import read_prompts
+
+    return [llm.token_ids(list(prompt.messages)) for prompt in read_prompts(path)[:most]]
+
+
+def _folder(llm: LLM, drafter: str) -> Path | None:
+    """The checkpoint of the drafter; None for a method without training."""
+    from s4c.engine.llm import shipped_for
+
+    if drafter == "auto":
+        return shipped_for(llm.target)
+    return Path(drafter) if Path(drafter).is_dir() else None
+
+
+def _features(llm: LLM, rows: list[Row]) -> list[Tensor]:
+    from s4c.training.features import ComputedFeatures
+
+    source = ComputedFeatures(llm.target, rows)
+    return [source(row).clone() for row in range(len(rows))]
+
+
+def _heads(llm: LLM, folder: Path, rows: list[Row], features: list[Tensor]) -> dict[str, Any]:
+    """Acceptance of each head, teacher-forced: [heads][k] shares."""
+    from s4c.drafters import METHODS
+    from s4c.drafters.checkpoint import load_model
+    from s4c.training.data import batch_order, collate
+    from s4c.training.simulate import HeadAcceptance
+
+    device = llm.target.device
+    model = load_model(folder, llm.target, METHODS).to(device)
+    heads = HeadAcceptance()
+    for batch in batch_order([len(row) for row in rows], BATCH_TOKENS, 0, 0):
+        heads.add(model, collate([rows[r] for r in batch], [features[r] for r in batch], device))
+    return {"conditional": heads.conditional, "unconditional": heads.unconditional}
+
+
+def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, Any] | None:
+    """MAL over the recorded answers at temperature 0; None where there are none."""
+    from s4c.training.simulate import simulate
+
+    greedy = [r for r, row in enumerate(rows) if row.temperature == 0]
+    if not greedy:
+        return None
+    result = simulate(
+        llm.drafter,
+        [rows[r] for r in greedy],
+        lambda r: features[greedy[r]],
+        llm.plan,
+        llm.target.spec.vocab_size,
+        device=llm.target.device,
+    )
+    return {"mean_acceptance_length": result.mean_acceptance_length, "rounds": result.rounds, "rows": len(greedy)}
+
+
+def _engine(llm: LLM, prompts: list[list[int]], temperature: float, max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """MAL of the engine: all tokens over all passes."""
+    from s4c.types import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    done = llm.generate(prompts, params)
+    rounds, tokens = (sum(getattr(g.stats, name) for g in done) for name in ("rounds", "new_tokens"))
+    return {"mean_acceptance_length": tokens / rounds, "rounds": rounds, "new_tokens": tokens, "prompts": len(done)}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if report["heads"] is not None:
+        ranks = len(report["heads"]["conditional"][0])
+        table = Table("head", "given the heads before", *(f"top {k + 1}" for k in range(ranks)))
+        for name in ("conditional", "unconditional"):
+            for head, shares in enumerate(report["heads"][name], 1):
+                table.add_row(str(head), "right" if name == "conditional" else "any", *(f"{s:.3f}" for s in shares))
+        console.print(table)
+    table = Table("mean acceptance length", "MAL", "passes")
+    lines = {"simulated, temperature 0": report["simulated"]}
+    lines |= {f"engine, temperature {name}": value for name, value in report["engine"].items()}
+    for name, value in lines.items():
+        if value is None:
+            table.add_row(name, "no rows at temperature 0", "")
+        else:
+            table.add_row(name, f"{value['mean_acceptance_length']:.3f}", str(value["rounds"]))
+    console.print(table)

@@ -1,0 +1,152 @@
+"""Options that several commands share, and what they load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from s4c.engine.llm import LLM
+
+MODEL, SAMPLING = "Model", "Sampling"
+DEFAULT_TARGET = "smollm2-135m"
+
+Target = Annotated[
+    str,
+    typer.Option(
+        help="A built-in model, a local Hugging Face directory, a .gguf file or a hub id.", rich_help_panel=MODEL
+    ),
+]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help="auto (the shipped drafter of this target, else lookup in the text), none (plain decoding), a method "
+        "without training (see `s4c info`), or the directory of a checkpoint.",
+        rich_help_panel=MODEL,
+    ),
+]
+Tree = Annotated[
+    str,
+    typer.Option(
+        help="Shape of the draft trees: comb:K, best:N, chain:D, or auto (what the drafter recommends).",
+        rich_help_panel=MODEL,
+    ),
+]
+Rule = Annotated[
+    str,
+    typer.Option(
+        help="Acceptance rule: coupled (the same tokens as plain decoding) or rejection (the same law).",
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.", rich_help_panel=MODEL
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=MODEL)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", show_default="as torch finds them", rich_help_panel=MODEL)
+]
+Runtime = Annotated[
+    str,
+    typer.Option(help="llama (fast), hf (any model), or auto: the fast one where it can.", rich_help_panel=MODEL),
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of prompt and answer.", show_default="the model's own", rich_help_panel=MODEL),
+]
+
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float,
+    typer.Option(help="Keep the fewest tokens whose probabilities sum to this; 1 is off.", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 is off.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Keep tokens at least this many times as probable as the first; 0 is off.", rich_help_panel=SAMPLING
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(help="Divides the scores of tokens of prompt and answer; 1 is off.", rich_help_panel=SAMPLING),
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Taken off the scores of tokens of the answer; 0 is off.", rich_help_panel=SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Taken off once for each time that the token stands there.", rich_help_panel=SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.", rich_help_panel=SAMPLING)
+]
+Seed = Annotated[
+    int, typer.Option(help="The same seed writes the same text, whatever the drafter.", rich_help_panel=SAMPLING)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Data = Annotated[
+    list[Path], typer.Option(help="JSONL that `s4c distill` wrote; may be repeated.", show_default=False)
+]
+
+
+@contextmanager
+def spinner(message: str) -> Iterator[None]:
+    """Show on a terminal's stderr that something takes its time."""
+    with Console(stderr=True).status(message):
+        yield
+
+
+def set_threads(threads: int) -> None:
+    """Bound the CPU threads of the process.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    import torch
+
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads)
+
+
+def load(
+    target: str,
+    drafter: str,
+    *,
+    tree: str = "auto",
+    rule: str = "coupled",
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    runtime: str = "auto",
+    context_length: int | None = None,
+    max_batch: int = 1,
+) -> LLM:
+    """The model that the options ask for.
+
+    Raises:
+        ValueError: as `s4c.LLM`.
+    """
+    with spinner("starting torch"):
+        from s4c.engine.llm import LLM
+    return LLM(
+        target,
+        drafter,
+        tree=tree,
+        rule=rule,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        runtime=runtime,
+        context_length=context_length,
+        max_batch=max_batch,
+    )

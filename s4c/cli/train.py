@@ -1,0 +1,182 @@
+"""`s4c train`: a drafter learns from text that the target wrote.
+
+    s4c train --data text.jsonl --out run --max-seconds 3600 --set heads=3
+    s4c generate "Why is the sky blue?" --drafter run/best --compare
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s4c.cli import options
+
+if TYPE_CHECKING:
+    from s4c.drafters.base import DraftModel, Method
+    from s4c.models.base import Target
+    from s4c.training.data import Row
+    from s4c.training.trainer import Trainer, TrainResult
+
+RUN, LOSS = "Run", "Loss and optimizer"
+
+
+def _setting(default: str, help: str, panel: str = RUN) -> Any:
+    """An option that is left to TrainConfig where it is not given; `default` is what stands there."""
+    return typer.Option(help=help, show_default=default, rich_help_panel=panel)
+
+
+def train(
+    data: options.Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the drafter will be in its `best`.", show_default=False)],
+    method: Annotated[str, typer.Option(help="What kind of drafter to train; see `s4c info`.")] = "s4c",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the method, KEY=VALUE; may be repeated. `s4c info` lists them."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved step in --out.")] = False,
+    steps: Annotated[int | None, _setting("no limit", "Most optimizer steps.")] = None,
+    epochs: Annotated[int | None, _setting("no limit", "Most visits of every row.")] = None,
+    max_seconds: Annotated[float | None, _setting("no limit", "Most seconds, validation included.")] = None,
+    batch_tokens: Annotated[int | None, _setting("4096", "Most tokens of a batch, padding included.")] = None,
+    max_length: Annotated[int | None, _setting("512", "Rows are cut to so many tokens.")] = None,
+    autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16, float16.")] = None,
+    features: Annotated[str | None, _setting("cache", "Target's features: cache (on disk) or fly (anew).")] = None,
+    held_out: Annotated[float | None, _setting("0.03", "Share of the prompts kept for validation.")] = None,
+    validation_rows: Annotated[int | None, _setting("64", "Most rows of a validation.")] = None,
+    tree: Annotated[str | None, _setting("the method's", "Tree of the simulated drafting.")] = None,
+    eval_every: Annotated[int | None, _setting("200", "Steps between validations.")] = None,
+    save_every: Annotated[int | None, _setting("200", "Steps between saved states.")] = None,
+    log_every: Annotated[int | None, _setting("10", "Steps between lines of the log.")] = None,
+    seed: Annotated[int | None, _setting("0", "Of the first weights and the order of the data.")] = None,
+    learning_rate: Annotated[float | None, _setting("0.001", "At the peak (AdamW).", LOSS)] = None,
+    warmup_steps: Annotated[int | None, _setting("50", "Steps of linear warm-up.", LOSS)] = None,
+    final_rate: Annotated[float | None, _setting("0.05", "Where the cosine ends, of the peak.", LOSS)] = None,
+    weight_decay: Annotated[float | None, _setting("0.01", "Of matrices.", LOSS)] = None,
+    beta1: Annotated[float | None, _setting("0.9", "Of AdamW.", LOSS)] = None,
+    beta2: Annotated[float | None, _setting("0.95", "Of AdamW.", LOSS)] = None,
+    clip: Annotated[float | None, _setting("1.0", "Most norm of the gradient.", LOSS)] = None,
+    lm_weight: Annotated[float | None, _setting("0.1", "Weight of the true token's loss.", LOSS)] = None,
+    teacher_weight: Annotated[float | None, _setting("1.0", "Weight of the target's law.", LOSS)] = None,
+    smooth_weight: Annotated[float | None, _setting("0.1", "Weight of the target's feature.", LOSS)] = None,
+    target: options.Target = options.DEFAULT_TARGET,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    runtime: options.Runtime = "auto",
+) -> None:
+    """Train a drafter. A run that was stopped goes on with the same command and --resume."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    with options.spinner("starting torch"):
+        import torch
+
+        from s4c.training.losses import LossWeights
+        from s4c.training.trainer import TrainConfig, Trainer
+    weights = {name: given[f"{name}_weight"] for name in ("lm", "teacher", "smooth") if f"{name}_weight" in given}
+    named = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+    config = TrainConfig(**named, weights=LossWeights(**weights))
+    line = trained_method(method)
+    method_config = parse_settings(line, settings or [])
+    if threads is not None:
+        options.set_threads(threads)
+    from s4c.models.loading import load_target
+
+    model_target = load_target(target, runtime=runtime, dtype=dtype, device=device)
+    rows, held = _rows(data, model_target, config)
+    torch.manual_seed(config.seed)
+    model = new_model(line, method_config, model_target, rows)
+    provenance = {"command": _command(), "data files": ", ".join(path.name for path in data)}
+    trainer = Trainer(model_target, line.name, model, rows, held, config, out, resume=resume, provenance=provenance)
+    _report(trainer, trainer.fit())
+
+
+def trained_method(name: str) -> Method:
+    """The line of the table of drafters.
+
+    Raises:
+        ValueError: there is no such method, or nothing to train in it.
+    """
+    from s4c.drafters import METHODS
+
+    trained = {method.name: method for method in METHODS.values() if method.model is not None}
+    if name not in trained:
+        raise ValueError(f"method {name!r} is not known or needs no training; it must be one of {', '.join(trained)}")
+    return trained[name]
+
+
+def parse_settings(method: Method, settings: list[str]) -> Any:
+    """The configuration of a method from `key=value` pairs.
+
+    Raises:
+        ValueError: a key is not known, or a value is not of its type; the message lists what there is.
+    """
+    assert method.config is not None
+    kinds = typing.get_type_hints(method.config)
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in kinds:
+            known = ", ".join(f"{field.name}={field.default}" for field in fields(method.config))
+            raise ValueError(f"--set {setting} is no setting of {method.name}; give KEY=VALUE, of: {known}")
+        values[key] = _value(text, kinds[key], f"--set {setting}")
+    return method.config(**values)
+
+
+def _value(text: str, kind: Any, where: str) -> Any:
+    """A text as a value of a type: int, float, bool, str, or one of these or None."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    switches = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    (one,) = (k for k in kinds if k is not type(None))
+    try:
+        return switches[text.lower()] if one is bool else one(text)
+    except (KeyError, ValueError):
+        allowed = "true or false" if one is bool else {int: "a whole number", float: "a number"}[one]
+        raise ValueError(f"{where}: {text!r} must be {allowed}") from None
+
+
+def _rows(data: list[Path], target: Target, config: Any) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from, and rows to validate on."""
+    from s4c.training.data import read_rows, split, truncate
+
+    with options.spinner("reading the data"):
+        rows = read_rows(data, target.spec.vocab_size)
+        return split(truncate(rows, min(config.max_length, target.spec.context_length)), config.held_out)
+
+
+def new_model(method: Method, config: Any, target: Target, rows: list[Row]) -> DraftModel:
+    """A draft model before training; its vocabulary is `config.draft_vocab` tokens, all where that is 0."""
+    import torch
+
+    from s4c.training.data import frequent_tokens
+
+    assert method.model is not None
+    spec = target.spec
+    size = min(getattr(config, "draft_vocab", 0) or spec.vocab_size, spec.vocab_size)
+    if size == spec.vocab_size:
+        return method.model(target, config, torch.arange(size))
+    return method.model(target, config, frequent_tokens(rows, size, spec.vocab_size, spec.eos_token_ids))
+
+
+def _command() -> str:
+    return shlex.join(["s4c", *sys.argv[1:]])
+
+
+def _report(trainer: Trainer, result: TrainResult) -> None:
+    """Say on stderr where the drafter is, and how a stopped run goes on."""
+    if not trainer.main:
+        return
+    standing = result.standing
+    if result.interrupted:
+        again = _command() if trainer.resume else f"{_command()} --resume"
+        typer.echo(f"s4c: stopped; step {standing.step} is saved in {trainer.out}. Go on with: {again}", err=True)
+        raise typer.Exit(130)
+    quality = f" (MAL {standing.best_mal:.3f} at step {standing.best_step})" if standing.best_mal else ""
+    typer.echo(f"s4c: the drafter is in {result.best}{quality}; use it with --drafter {result.best}", err=True)

@@ -1,0 +1,148 @@
+"""Each loss against a slow one, by value and gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import HIDDEN, VOCAB, TinyModel, TinyTarget, tiny_model
+from torch import Tensor
+
+from s4c.drafters.base import Prediction, TrainingBatch
+from s4c.training.losses import CompositeLoss, Lesson, LossWeights, columns_of, cross_entropies, head_loss
+
+IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21])
+
+
+def random_batch(seed: int = 0) -> TrainingBatch:
+    """Three rows: a long prompt, a prompt of one token, and an answer of one token."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (3, 9), generator=random)
+    features = torch.randn(3, 9, HIDDEN, generator=random)
+    return TrainingBatch(tokens, features, torch.tensor([9, 7, 4]), torch.tensor([5, 1, 3]))
+
+
+def slow_terms(prediction: Prediction, batch: TrainingBatch, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, position by position: lm, teacher, smooth."""
+    lm, teacher, smooth = [], [], []
+    for b in range(batch.tokens.shape[0]):
+        for t in range(batch.tokens.shape[1]):
+            about = t + prediction.offset
+            if not int(batch.answer_start[b]) <= about < int(batch.length[b]):
+                continue
+            q = prediction.logits(prediction.hidden[b, t][None])[0].softmax(-1)
+            p = (head @ batch.features[b, about - 1]).softmax(-1)
+            teacher.append(-sum(p[v] * q[v].log() for v in range(len(IDS))))
+            if int(batch.tokens[b, about]) in IDS.tolist():
+                lm.append(-q[IDS.tolist().index(int(batch.tokens[b, about]))].log())
+            if prediction.features is not None:
+                error = (prediction.features[b, t] - batch.features[b, about - 1]).abs()
+                smooth.append(torch.where(error < 1, 0.5 * error**2, error - 0.5).mean())
+    return tuple(torch.stack(x).mean() if x else torch.zeros(()) for x in (lm, teacher, smooth))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("term", ["lm", "teacher", "smooth"])
+def test_each_term_equals_the_slow_one(offset: int, term: str) -> None:
+    batch = random_batch()
+    target = TinyTarget()
+    head = target.head_weight(IDS) / 3
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    rows = torch.randn(len(IDS), HIDDEN, requires_grad=True)
+    prediction = Prediction(hidden, lambda x: x @ rows.T, hidden, offset)
+    fast = getattr(head_loss(prediction, Lesson.of(batch, IDS, head)), term)
+    slow = slow_terms(prediction, batch, head)[["lm", "teacher", "smooth"].index(term)]
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-5)
+    inputs = (hidden,) if term == "smooth" else (hidden, rows)
+    for got, wanted in zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(slow, inputs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+        assert wanted.abs().max() > 1e-4
+
+
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_cross_entropies_by_finite_differences(count: int, size: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, size, generator=random, dtype=torch.float64, requires_grad=True)
+    law = torch.randn(count, size, generator=random, dtype=torch.float64).softmax(-1)
+    column = torch.randint(-1, size, (count,), generator=random)
+    assert torch.autograd.gradcheck(lambda z: cross_entropies(z, column, law), (logits,))
+
+
+def test_the_composite_is_the_weighted_mean_over_heads() -> None:
+    target, batch = TinyTarget(), random_batch()
+    model = tiny_model(target, token_ids=IDS, heads=3)
+    weights = LossWeights(lm=0.3, teacher=0.7, smooth=2.0)
+    loss, parts = CompositeLoss(model, target.head_weight(IDS), weights)(batch)
+    heads = [slow_terms(prediction, batch, target.head_weight(IDS)) for prediction in model.predictions(batch)]
+    wanted = torch.stack([0.3 * lm + 0.7 * teacher + 2.0 * smooth for lm, teacher, smooth in heads]).mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    assert parts["teacher/2"].item() == pytest.approx(heads[1][1].item(), rel=1e-5)
+    for got, expected in zip(gradients(loss, model), gradients(wanted, model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def gradients(loss: Tensor, model: TinyModel) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_only_generated_tokens_within_the_row_count(offset: int) -> None:
+    batch = random_batch()
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    rows = torch.randn(len(IDS), HIDDEN)
+    terms = head_loss(Prediction(hidden, lambda x: x @ rows.T, hidden, offset), Lesson.of(batch, IDS, rows))
+    (terms.teacher + terms.smooth).backward()
+    assert hidden.grad is not None
+    touched = hidden.grad.abs().sum(-1) > 0
+    about = torch.arange(9) + offset
+    generated = (about >= batch.answer_start[:, None]) & (about < batch.length[:, None])
+    assert torch.equal(touched, generated)
+
+
+def test_true_tokens_outside_the_draft_vocabulary_are_masked() -> None:
+    batch = random_batch()
+    batch.tokens.fill_(4)
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    rows = torch.randn(len(IDS), HIDDEN)
+    prediction = Prediction(hidden, lambda x: x @ rows.T, None, 1)
+    terms = head_loss(prediction, Lesson.of(batch, IDS, rows))
+    assert (terms.lm.item(), terms.smooth.item()) == (0.0, 0.0)
+    assert torch.autograd.grad(terms.lm, hidden, retain_graph=True)[0].abs().max() == 0
+    assert terms.teacher.item() > 0
+    batch.tokens[0, 6] = 5
+    lm = head_loss(prediction, Lesson.of(batch, IDS, rows)).lm
+    assert lm.item() == pytest.approx(-(rows @ hidden[0, 5]).log_softmax(-1)[IDS.tolist().index(5)].item(), rel=1e-5)
+
+
+def test_a_head_that_looks_past_every_row_costs_nothing() -> None:
+    batch = TrainingBatch(
+        torch.ones(1, 2, dtype=torch.int64), torch.randn(1, 2, HIDDEN), torch.tensor([2]), torch.tensor([1])
+    )
+    hidden = torch.randn(1, 2, HIDDEN, requires_grad=True)
+    rows = torch.randn(len(IDS), HIDDEN)
+    terms = head_loss(Prediction(hidden, lambda x: x @ rows.T, hidden, 3), Lesson.of(batch, IDS, rows))
+    assert (terms.lm.item(), terms.teacher.item(), terms.smooth.item()) == (0.0, 0.0, 0.0)
+
+
+def test_the_law_is_the_targets_given_the_draft_vocabulary() -> None:
+    target, batch = TinyTarget(), random_batch()
+    lesson = Lesson.of(batch, IDS, target.head_weight(IDS))
+    whole = (lesson.feature @ target.head_weight().T).softmax(-1)[:, IDS]
+    torch.testing.assert_close(lesson.law, whole / whole.sum(-1, keepdim=True))
+
+
+def test_autocast_reaches_the_drafter_and_leaves_the_loss_in_float32() -> None:
+    target, batch = TinyTarget(), random_batch()
+    model = tiny_model(target, token_ids=IDS)
+    seen: list[torch.dtype] = []
+    model.heads[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    full, _ = CompositeLoss(model, target.head_weight(IDS), LossWeights())(batch)
+    half, _ = CompositeLoss(model, target.head_weight(IDS), LossWeights(), torch.bfloat16)(batch)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.05)
+    assert half.item() != full.item()
+
+
+def test_columns_of() -> None:
+    assert columns_of(torch.tensor([[0, 1], [21, 22]]), IDS).tolist() == [[-1, 0], [6, -1]]

@@ -1,0 +1,269 @@
+"""The training run: it learns, it goes on where it was stopped, and it fails with a reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import METHODS, VOCAB, TinyConfig, TinyModel, TinyTarget, tiny_model, tiny_rows
+
+from s4c.drafters.base import Prediction, TrainingBatch
+from s4c.drafters.checkpoint import load_drafter
+from s4c.drafters.s4c import S4CConfig, S4CModel
+from s4c.training.checkpoint import exclusive, latest
+from s4c.training.data import Row, split
+from s4c.training.simulate import simulate
+from s4c.training.trainer import TrainConfig, Trainer, TrainResult
+from s4c.verify.tree import TreePlan
+
+CONFIG = TrainConfig(
+    steps=10, batch_tokens=60, warmup_steps=3, eval_every=4, save_every=3, log_every=1, features="fly", seed=5
+)
+
+
+def rows_and_target() -> tuple[TinyTarget, list[Row], list[Row]]:
+    target = TinyTarget()
+    return target, *split(tiny_rows(target, 24), 0.3)
+
+
+def run(out: Path, config: TrainConfig = CONFIG, model: TinyModel | None = None, resume: bool = False) -> TrainResult:
+    target, train, held = rows_and_target()
+    # A resumed model starts from other weights: those of the saved step must replace them.
+    model = model or tiny_model(target, seed=9 if resume else 0)
+    return Trainer(target, "tiny", model, train, held, config, out, resume=resume).fit()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    """What must not depend on interruptions: everything but times."""
+    return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics(out)]
+
+
+class Breaks(TinyModel):
+    """A model in whose n-th batch something happens."""
+
+    at = 8
+
+    def predictions(self, batch: TrainingBatch) -> list[Prediction]:
+        if self.training:
+            self.at -= 1
+            if self.at == 0:
+                self.strike()
+        return super().predictions(batch)
+
+    def strike(self) -> None:
+        raise MemoryError("struck")
+
+
+class Interrupted(Breaks):
+    def strike(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def breaking(kind: type[Breaks]) -> Breaks:
+    torch.manual_seed(0)
+    return kind(TinyTarget(), TinyConfig(), torch.arange(VOCAB))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken")
+    run(out)
+    return out
+
+
+def test_a_crash_and_a_resume_give_the_losses_of_an_unbroken_run(tmp_path: Path, unbroken: Path) -> None:
+    with pytest.raises(MemoryError):
+        run(tmp_path, model=breaking(Breaks))
+    assert latest(tmp_path / "steps") == tmp_path / "steps" / "step-00000006"
+    assert max(m["step"] for m in metrics(tmp_path)) == 7
+    result = run(tmp_path, resume=True)
+    assert result.standing.step == 10
+    assert told(tmp_path) == told(unbroken)
+    assert len([m for m in told(unbroken) if "loss" in m]) == 10
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        last = Path("steps") / "step-00000010" / name
+        assert (tmp_path / last).read_bytes() == (unbroken / last).read_bytes()
+    assert (tmp_path / "best/model.safetensors").read_bytes() == (unbroken / "best/model.safetensors").read_bytes()
+
+
+def test_an_interrupt_saves_the_step_and_says_so(
+    tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    result = run(tmp_path, model=breaking(Interrupted))
+    assert result.interrupted
+    assert result.standing.step == 8
+    assert latest(tmp_path / "steps") == tmp_path / "steps" / "step-00000008"
+    assert "stopped by a signal; step 8 is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+    run(tmp_path, resume=True)
+    assert told(tmp_path) == told(unbroken)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_training_trainer import CONFIG, run
+run(Path(sys.argv[2]), replace(CONFIG, steps=100_000))
+"""
+
+
+def test_a_killed_process_leaves_a_whole_step(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 120
+        while (latest(tmp_path / "steps") or Path("step-0")).name < "step-00000030":
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    step = int(str(latest(tmp_path / "steps"))[-8:])
+    result = run(tmp_path, replace(CONFIG, steps=step + 3), resume=True)
+    assert result.standing.step == step + 3
+    assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == list(range(1, step + 4))
+
+
+def test_a_full_disk_leaves_the_last_step_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes = Path.write_bytes
+
+    def until_full(path: Path, data: bytes) -> int:
+        if "step-00000006" in str(path) and path.name == "optimizer.safetensors":
+            write_bytes(path, data[:100])
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", until_full)
+    with pytest.raises(OSError, match=r"step-00000006 could not be written .*No space left"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "steps").iterdir()] == ["step-00000003"]
+    assert run(tmp_path, resume=True).standing.step == 10
+
+
+def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "lock"), pytest.raises(ValueError, match=f"process {os.getpid()} is at work here"):
+        run(tmp_path)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(unbroken: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a training run \(step-00000010\); resume it"):
+        run(unbroken)
+
+
+def test_resume_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no saved step to resume"):
+        run(tmp_path, resume=True)
+
+
+def test_resume_with_other_settings(unbroken: Path) -> None:
+    with pytest.raises(ValueError, match=r"another settings: learning_rate 0\.001 then, 0\.1 now"):
+        run(unbroken, replace(CONFIG, learning_rate=0.1), resume=True)
+    with pytest.raises(ValueError, match="another model: heads 2 then, 3 now"):
+        run(unbroken, model=tiny_model(TinyTarget(), heads=3), resume=True)
+
+
+def test_a_loss_that_is_no_number_is_named_and_not_saved(tmp_path: Path) -> None:
+    class Explodes(Breaks):
+        def strike(self) -> None:
+            with torch.no_grad():
+                self.heads[0][0].weight.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match=r"loss is nan at step 8; lower the learning rate"):
+        run(tmp_path, model=breaking(Explodes))
+    assert latest(tmp_path / "steps") == tmp_path / "steps" / "step-00000006"
+
+
+def test_epochs_and_seconds_end_a_run(tmp_path: Path) -> None:
+    _, train, _ = rows_and_target()
+    result = run(tmp_path / "a", replace(CONFIG, steps=0, epochs=2))
+    assert (result.standing.epoch, result.standing.position) == (2, 0)
+    assert result.standing.tokens == 2 * sum(len(row) for row in train)
+    result = run(tmp_path / "b", replace(CONFIG, steps=0, max_seconds=0.05))
+    assert result.standing.seconds >= 0.05
+    assert latest(tmp_path / "b" / "steps") is not None
+
+
+def test_the_rate_warms_up_and_falls(unbroken: Path) -> None:
+    rates = [m["learning_rate"] for m in metrics(unbroken) if "loss" in m]
+    assert rates[0] == pytest.approx(1e-3 / 3)
+    assert max(rates) == rates[2]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 5e-5 < rates[-1] < 1.5e-4
+
+
+def test_the_best_is_the_one_of_the_highest_simulated_mal(unbroken: Path) -> None:
+    target, _, held = rows_and_target()
+    mals = {m["step"]: m["mal"] for m in metrics(unbroken) if "mal" in m}
+    assert list(mals) == [4, 8, 10]
+    card = (unbroken / "best/README.md").read_text()
+    assert f"| step | {max(mals, key=lambda s: mals[s])} |" in card
+    features = [target.prefill(0, torch.tensor(row.tokens)) for row in held]
+    drafter = load_drafter(unbroken / "best", target, METHODS)
+    plan = TreePlan.parse(drafter.default_tree)
+    again = simulate(drafter, held, features.__getitem__, plan, 23, device=torch.device("cpu"))
+    # Weights in half precision may flip a few of the drafts.
+    assert again.mean_acceptance_length == pytest.approx(max(mals.values()), abs=0.1)
+
+
+def test_tensorboard_has_the_scalars(unbroken: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(unbroken / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lm/1", "teacher/2", "smooth/1", "learning_rate", "mal"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
+
+
+def test_a_tiny_s4c_overfits_a_tiny_corpus(tmp_path: Path) -> None:
+    target = TinyTarget()
+    rows = tiny_rows(target, 4, answer=24)
+    torch.manual_seed(0)
+    model = S4CModel(target, S4CConfig(heads=2, draft_vocab=0, head_dim=4), torch.arange(23))
+    config = replace(
+        CONFIG, steps=250, batch_tokens=400, learning_rate=1e-2, eval_every=250, save_every=250, tree="comb:1"
+    )
+    Trainer(target, "s4c", model, rows, rows, config, tmp_path).fit()
+    last = [m for m in metrics(tmp_path) if "mal" in m][-1]
+    # Two heads and the bonus: 3 at most. The last round of a row is cut short, by less than 0.15 on average.
+    assert last["mal"] > 2.6
+    assert min(last["acceptance"]) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "one of them must be given"),
+        ({"steps": -1}, "must not be negative"),
+        ({"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"autocast": "int8"}, "autocast is 'int8'; it must be one of none, bfloat16, float16"),
+        ({"tree": "oak"}, "tree 'oak' is not known"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **settings)
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    target = TinyTarget()
+    with pytest.raises(ValueError, match="no rows to train on"):
+        Trainer(target, "tiny", tiny_model(target), [], [], CONFIG, tmp_path)
