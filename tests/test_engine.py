@@ -290,6 +290,15 @@ def test_unusable_logits_end_their_own_request_alone(llm: LLM, monkeypatch: pyte
     assert llm._engine.scheduler.idle
 
 
+def test_a_request_that_excludes_every_token_fails_alone(llm: LLM) -> None:
+    llm.use("none")
+    impossible = SamplingParams(max_new_tokens=4, logit_bias=dict.fromkeys(range(64), float("-inf")))
+    possible = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    failed, fine = llm.generate(PROMPTS[:2], [impossible, possible])
+    assert (failed.finish_reason, failed.token_ids) == ("error", [])
+    assert (fine.finish_reason, len(fine.token_ids)) == ("length", 4)
+
+
 def unusable(verify: Any) -> Any:
     def broken(tree: DraftTree) -> Any:
         output = verify(tree)

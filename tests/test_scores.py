@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -230,14 +231,26 @@ def test_top_p_of_large_vocabularies(scale: float) -> None:
         assert torch.equal(kept[row, node].isfinite()[clear], (above < top_p[row].double())[clear])
 
 
-def test_a_node_is_processed_as_if_it_were_alone() -> None:
-    """Bit for bit: the order of a sum must not depend on how many nodes, sequences or threads there are."""
-    requests = [SamplingParams(temperature=0.9, top_k=20_000, top_p=0.93, min_p=1e-4)] * 2
-    logits = torch.randn(2, 5, 40_000, generator=torch.Generator().manual_seed(2)) * 3
-    together = scores_of(requests, [[1], [1]], [1, 1], 40_000).process(logits)
-    for row, node in np.ndindex(2, 5):
-        alone = scores_of(requests[:1], [[1]], [1], 40_000).process(logits[row, node][None, None].clone())
-        assert torch.equal(alone[0, 0], together[row, node])
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_top_p_of_a_node_is_that_of_the_node_alone() -> None:
+    """At the very border, on rows whose `logsumexp` depends on the number of rows (where threads share a row)."""
+    logits = torch.randn(100, 1, 33_000, generator=torch.Generator().manual_seed(2)) * 3
+    alone = torch.stack([row.logsumexp(-1) for row in logits])
+    delicate = [row for row, same in enumerate((alone == logits.logsumexp(-1)).tolist()) if not all(same)][:5]
+    steps = 1 + torch.arange(-24, 25) * 2.0**-24
+    for row in delicate or [0]:
+        mass = (logits[row, 0] - alone[row]).topk(40).values.exp().cumsum(-1)[30]
+        together = keep_top_p(logits[row, None].expand(1, len(steps), -1), mass * steps)
+        for node, top_p in enumerate(mass * steps):
+            assert torch.equal(keep_top_p(logits[row, None], top_p)[0, 0], together[0, node])
 
 
 # --- noise ---

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import METHODS, VOCAB, TinyConfig, TinyModel, TinyTarget, tiny_model, tiny_rows
+from tiny_training import VOCAB, TinyConfig, TinyModel, TinyTarget, tiny_model, tiny_rows
 
 from s4c.drafters.base import Prediction, TrainingBatch
-from s4c.drafters.checkpoint import load_drafter
+from s4c.drafters.checkpoint import fill, read_tensors
 from s4c.drafters.s4c import S4CConfig, S4CModel
 from s4c.training.checkpoint import exclusive, latest
-from s4c.training.data import Row, split
+from s4c.training.data import Row, batch_order, collate, split
+from s4c.training.losses import CompositeLoss
 from s4c.training.simulate import simulate
 from s4c.training.trainer import TrainConfig, Trainer, TrainResult
 from s4c.verify.tree import TreePlan
@@ -111,20 +113,28 @@ def test_an_interrupt_saves_the_step_and_says_so(
     assert told(tmp_path) == told(unbroken)
 
 
-KILLED = """
+APART = """
 import sys
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
 from test_training_trainer import CONFIG, run
-run(Path(sys.argv[2]), replace(CONFIG, steps=100_000))
+run(Path(sys.argv[1]), replace(CONFIG, steps=int(sys.argv[2])))
 """
 
 
+def start(out: Path, steps: int, **environment: str) -> subprocess.Popen[bytes]:
+    """The run of this file in a process of its own."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", APART, str(out), str(steps)], env={**os.environ, "PYTHONPATH": paths, **environment}
+    )
+
+
 def test_a_killed_process_leaves_a_whole_step(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)])
+    process = start(tmp_path, 100_000)
     try:
         deadline = time.monotonic() + 120
         while (latest(tmp_path / "steps") or Path("step-0")).name < "step-00000030":
@@ -138,6 +148,31 @@ def test_a_killed_process_leaves_a_whole_step(tmp_path: Path) -> None:
     result = run(tmp_path, replace(CONFIG, steps=step + 3), resume=True)
     assert result.standing.step == step + 3
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == list(range(1, step + 4))
+
+
+def test_two_processes_make_the_step_of_their_mean_gradient(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    both = [start(tmp_path, 2, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+    try:
+        assert [process.wait(120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    target, train, _ = rows_and_target()
+    model = tiny_model(target)
+    loss = CompositeLoss(model, target.head_weight(), CONFIG.weights)
+    features = [target.prefill(0, torch.tensor(row.tokens)) for row in train]
+    batches = batch_order([len(row) for row in train], CONFIG.batch_tokens, CONFIG.seed, 0)[:2]
+    losses = [loss(collate([train[r] for r in b], [features[r] for r in b], target.device))[0] for b in batches]
+    mean = torch.autograd.grad(sum(losses, torch.zeros(())) / 2, list(model.parameters()))
+    first = metrics(tmp_path)[0]
+    assert first["gradient"] == pytest.approx(torch.cat([g.flatten() for g in mean]).norm().item(), rel=1e-5)
+    assert first["loss"] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert first["tokens"] == sum(len(train[r]) for b in batches for r in b)
+    assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 2]
 
 
 def test_a_full_disk_leaves_the_last_step_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,18 +243,28 @@ def test_the_rate_warms_up_and_falls(unbroken: Path) -> None:
     assert 5e-5 < rates[-1] < 1.5e-4
 
 
-def test_the_best_is_the_one_of_the_highest_simulated_mal(unbroken: Path) -> None:
+def test_the_best_is_the_one_of_the_highest_mal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mals = iter([1.5, 3.0, 2.0])
+    monkeypatch.setattr(Trainer, "_measure", lambda self: {"mal": next(mals), "acceptance": []})
+    result = run(tmp_path)
+    assert (result.standing.best_mal, result.standing.best_step) == (3.0, 8)
+    card = (tmp_path / "best/README.md").read_text()
+    assert "| step | 8 |" in card
+    assert "| mal | 3 |" in card
+
+
+def test_validation_is_the_simulated_mal_of_the_drafter_on_held_out_rows(unbroken: Path) -> None:
     target, _, held = rows_and_target()
-    mals = {m["step"]: m["mal"] for m in metrics(unbroken) if "mal" in m}
-    assert list(mals) == [4, 8, 10]
-    card = (unbroken / "best/README.md").read_text()
-    assert f"| step | {max(mals, key=lambda s: mals[s])} |" in card
+    last = [m for m in metrics(unbroken) if "mal" in m][-1]
+    model = tiny_model(target, seed=1)
+    fill(model, read_tensors(unbroken / "steps/step-00000010/model.safetensors"), unbroken)
     features = [target.prefill(0, torch.tensor(row.tokens)) for row in held]
-    drafter = load_drafter(unbroken / "best", target, METHODS)
-    plan = TreePlan.parse(drafter.default_tree)
-    again = simulate(drafter, held, features.__getitem__, plan, 23, device=torch.device("cpu"))
-    # Weights in half precision may flip a few of the drafts.
-    assert again.mean_acceptance_length == pytest.approx(max(mals.values()), abs=0.1)
+    drafter = model.drafter(target)
+    again = simulate(
+        drafter, held, features.__getitem__, TreePlan.parse(drafter.default_tree), VOCAB, device=target.device
+    )
+    assert again.mean_acceptance_length == last["mal"]
+    assert again.histogram == last["histogram"]
 
 
 def test_tensorboard_has_the_scalars(unbroken: Path) -> None:

@@ -39,7 +39,7 @@ def check_contract(tree: DraftTree) -> None:
 
 
 @given(batches_of_parents())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_ancestors_and_depths_equal_a_loop(batch: list[list[int]]) -> None:
     reach, depth = ancestors(torch.tensor(batch)), depths(torch.tensor(batch))
     for row, parents in enumerate(batch):
@@ -66,7 +66,9 @@ def test_ancestors_of_a_long_chain() -> None:
     ],
 )
 def test_plan_parses(text: str, kind: str, width: int, depth: int, nodes: int) -> None:
-    assert TreePlan.parse(text) == TreePlan(kind, width, depth, nodes)
+    plan = TreePlan.parse(text)
+    assert plan == TreePlan(kind, width, depth, nodes)
+    assert str(plan) == text.strip()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,18 @@ def test_a_drafter_without_any_law_has_no_candidates(form: str) -> None:
     check_contract(tree)
 
 
+def test_a_node_without_a_law_takes_no_room_from_others() -> None:
+    builder = TreePlan.parse("best:7x2").grow(torch.tensor([7]))
+    builder.extend(torch.tensor([[[3.0, 2.0, 1.0]]]))
+    second = torch.zeros(1, 3, 3)
+    second[0, 0] = -math.inf
+    builder.extend(second)
+    tree = builder.finish()
+    assert tree.candidate.sum() == 6
+    assert (tree.parents[0, 1:] != 1).all()
+    check_contract(tree)
+
+
 def test_laws_stand_at_the_nodes_whose_children_they_are() -> None:
     laws = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
     builder = TreePlan.parse("comb:2x2").grow(torch.tensor([7, 8]))
@@ -157,7 +171,7 @@ def test_a_best_tree_may_not_be_sampled() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(1, 3), st.sampled_from([0.3, 1.5, 4.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_best_keeps_the_nodes_of_highest_path_probability(seed: int, nodes: int, depth: int, scale: float) -> None:
     """Up to 9 nodes, 4 expanded nodes per level and 8 children lose nothing, so brute force must agree."""
     vocab = 4
@@ -200,6 +214,9 @@ def test_best_stops_early_only_when_nothing_better_can_come() -> None:
     sharp.extend(torch.tensor([[[5.0, 0.0, 0.0, 0.0]]]))
     assert not flat.open
     assert sharp.open
+    barely = TreePlan.parse("best:3x2").grow(torch.tensor([7]))
+    barely.extend(torch.tensor([[[0.6, 0.4]]]).log())
+    assert barely.open, "0.6 * 0.9 > 0.4"
 
 
 def test_trees_of_a_batch_grow_apart() -> None:
@@ -230,7 +247,7 @@ def test_from_paths_merges_shared_beginnings_and_pads() -> None:
 @given(
     st.lists(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=4), min_size=1, max_size=3), st.integers(1, 8)
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_from_paths_holds_the_first_distinct_beginnings(paths: list[list[list[int]]], budget: int) -> None:
     tree = from_paths(torch.full((len(paths),), 9), paths, budget)
     check_contract(tree)

@@ -46,8 +46,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
 ) -> None:
     """Talk with the target, turn by turn. Ctrl-C stops an answer, not the program."""
-    with options.spinner("starting torch"):
-        from s4c.types import SamplingParams
+    options.start()
+    from s4c.types import SamplingParams
+
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -1,7 +1,7 @@
 """`s4c distill`: training text that the target writes itself.
 
-    s4c distill --prompts prompts.jsonl --out text.jsonl
-    s4c distill --count 2000 --out text.jsonl          # the target writes the prompts too
+s4c distill --prompts prompts.jsonl --out text.jsonl
+s4c distill --count 2000 --out text.jsonl          # the target writes the prompts too
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def distill(
         raise ValueError(f"--count is {count}; it must be at least 1")
     if prompts is None and count is None:
         raise ValueError("without --prompts the target writes its own: say with --count how many rows it is to write")
-    with options.spinner("starting torch"):
-        from s4c.training.data import read_prompts
-        from s4c.training.distill import DistillConfig
+    options.start()
+    from s4c.training.data import read_prompts
+    from s4c.training.distill import DistillConfig
+
     config = DistillConfig(max_new_tokens, max_prompt_tokens, numbers, seed)
     texts = None if prompts is None else read_prompts(prompts)[:count]
     llm = options.load(
@@ -77,14 +78,15 @@ def distill(
             result = _without_prompts(llm, count, out, config)
         else:
             with options.spinner("reading the prompts"):
-                tokens = [_tokenise(llm, list(p.messages), p.source) for p in texts]
+                tokens = [tokenise(llm, list(p.messages), p.source) for p in texts]
             result = _with_prompts(llm, tokens, out, config)
     except KeyboardInterrupt:
         typer.echo(f"s4c: stopped; the rows in {out} are whole, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
     left_out = f", {result.too_long} prompts were too long" if result.too_long else ""
     typer.echo(
-        f"s4c: {out} holds {result.rows} rows; {result.new_rows} of {result.new_tokens} tokens are new{left_out}", err=True
+        f"s4c: {out} holds {result.rows} rows, {result.new_rows} of them new ({result.new_tokens} tokens){left_out}",
+        err=True,
     )
 
 
@@ -114,7 +116,7 @@ def _without_prompts(llm: LLM, count: int, out: Path, config: DistillConfig) -> 
     return distill_self(frame, count, llm.target.spec.eos_token_ids, _generator(llm), out, config)
 
 
-def _tokenise(llm: LLM, chat: list[dict[str, str]], source: str) -> TokenPrompt:
+def tokenise(llm: LLM, chat: list[dict[str, str]], source: str) -> TokenPrompt:
     """A prompt as token ids: a chat, or for a target without a chat template the bare words of one turn."""
     from s4c.training.distill import TokenPrompt
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from s4c.cli import options
+from s4c.cli.distill import tokenise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,8 @@ def evaluate(
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
-    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": tree, "rows": len(chosen)}
+    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": str(llm.plan)}
+    report["rows"] = len(chosen)
     with options.spinner("features of the target"):
         features = _features(llm, chosen)
     with options.spinner("heads"):
@@ -101,7 +103,7 @@ def _held_out(llm: LLM, data: list[Path], share: float, most: int, max_length: i
 def _prompts(llm: LLM, path: Path, most: int) -> list[list[int]]:
     from s4c.training.data import read_prompts
 
-    return [llm.token_ids(list(prompt.messages)) for prompt in read_prompts(path)[:most]]
+    return [list(tokenise(llm, list(p.messages), p.source).token_ids) for p in read_prompts(path)[:most]]
 
 
 def _folder(llm: LLM, drafter: str) -> Path | None:
@@ -132,7 +134,8 @@ def _heads(llm: LLM, folder: Path, rows: list[Row], features: list[Tensor]) -> d
     heads = HeadAcceptance()
     for batch in batch_order([len(row) for row in rows], BATCH_TOKENS, 0, 0):
         heads.add(model, collate([rows[r] for r in batch], [features[r] for r in batch], device))
-    return {"conditional": heads.conditional, "unconditional": heads.unconditional}
+    shares = {"conditional": heads.conditional, "unconditional": heads.unconditional}
+    return {name: [[round(s, 4) for s in head] for head in table] for name, table in shares.items()}
 
 
 def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, Any] | None:
@@ -164,18 +167,20 @@ def _engine(llm: LLM, prompts: list[list[int]], temperature: float, max_new_toke
 
 
 def _print(report: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     if report["heads"] is not None:
         ranks = len(report["heads"]["conditional"][0])
-        table = Table("head", "given the heads before", *(f"top {k + 1}" for k in range(ranks)))
-        for name in ("conditional", "unconditional"):
+        table = Table("acceptance", *(f"top {k + 1}" for k in range(ranks)), box=box.SIMPLE_HEAD)
+        for name, kind in (("conditional", "given"), ("unconditional", "")):
             for head, shares in enumerate(report["heads"][name], 1):
-                table.add_row(str(head), "right" if name == "conditional" else "any", *(f"{s:.3f}" for s in shares))
+                table.add_row(f"head {head} {kind}", *(f"{s:.3f}" for s in shares))
         console.print(table)
-    table = Table("mean acceptance length", "MAL", "passes")
+        console.print("given: where the heads before had the token first\n")
+    table = Table("mean acceptance length", "MAL", "passes", box=box.SIMPLE_HEAD)
     lines = {"simulated, temperature 0": report["simulated"]}
     lines |= {f"engine, temperature {name}": value for name, value in report["engine"].items()}
     for name, value in lines.items():

@@ -1,7 +1,7 @@
 """`s4c generate`: one answer.
 
-    s4c generate "Why is the sky blue?" --compare
-    echo "Once upon a time" | s4c generate --raw --temperature 0.8 --json
+s4c generate "Why is the sky blue?" --compare
+echo "Once upon a time" | s4c generate --raw --temperature 0.8 --json
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def generate(
 ) -> None:
     """Answer a prompt. On a terminal the colours show which tokens the drafter guessed."""
     text = _read(prompt)
-    with options.spinner("starting torch"):
-        from s4c.types import SamplingParams
+    options.start()
+    from s4c.types import SamplingParams
+
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -121,7 +122,7 @@ def _request(llm: LLM, text: str, system: str | None, chat: bool | None) -> Any:
     if chat is None:
         chat = bool(getattr(llm.tokenizer, "chat_template", None))
     if chat:
-        return messages(system) + [{"role": "user", "content": text}]
+        return [*messages(system), {"role": "user", "content": text}]
     if system is not None:
         raise ValueError("--system is for chats; leave it out, or give --chat with a target that has a chat template")
     return text

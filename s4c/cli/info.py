@@ -1,6 +1,6 @@
 """`s4c info`: what is here, and what a pass costs on this machine.
 
-    s4c info --target smollm2-135m --threads 2
+s4c info --target smollm2-135m --threads 2
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -16,11 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import s4c
 from s4c.cli import options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
     from s4c.engine.llm import LLM
     from s4c.models.base import Target
+    from s4c.types import DraftTree
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Tokens of the passes that are measured."""
@@ -29,7 +35,9 @@ CONTEXT = 200
 """Tokens that stand before them."""
 
 PASSES = 7
-DRAFTED = 32
+ROUNDED = 32
+"""Tokens that are generated to measure a round."""
+
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 """CPU features that decide how fast a pass can be, as the kernel calls them."""
 
@@ -49,36 +57,32 @@ def info(
     as_json: options.Json = False,
 ) -> None:
     """Versions, devices, cache, models, drafters, and the measured cost of a pass."""
-    with options.spinner("starting torch"):
-        import torch  # noqa: F401
-    if threads is not None:
-        options.set_threads(threads)
+    options.start()
+    models = _models()
+    if target is None and models[options.DEFAULT_TARGET]["cached"]:
+        target = options.DEFAULT_TARGET
+    measured = None
+    if measure and target is not None:
+        llm = options.load(target, drafter, tree=tree, dtype=dtype, device=device, threads=threads, runtime=runtime)
+        with options.spinner("measuring"):
+            measured = _measure(llm, runtime)
     report = {
         "versions": _versions(),
         "machine": _machine(),
         "cache": _cache(),
-        "models": _models(),
-        "drafters": _drafters(),
-        "target": None,
+        "models": models,
+        **_drafters(),
+        "target": measured,
     }
-    if target is None and report["models"][options.DEFAULT_TARGET]["cached"]:
-        target = options.DEFAULT_TARGET
-    if measure and target is not None:
-        llm = options.load(target, drafter, tree=tree, dtype=dtype, device=device, runtime=runtime)
-        with options.spinner("measuring"):
-            report["target"] = _target(llm, runtime)
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        _print(report, measure)
+        _print(report)
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "s4c": metadata.version("s4c") if _installed("s4c") else _source_version(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
-    }
+    parts = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"s4c": s4c.__version__, "python": platform.python_version(), **parts}
 
 
 def _machine() -> dict[str, Any]:
@@ -90,5 +94,176 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu": _cpu_features(),
-        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
+        "torch kernels": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _cpu_features() -> list[str]:
+    """Those of `FEATURES` that the kernel reports; empty where it reports none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    flags = set(lines[0].split()) if lines else set()
+    return [name for name in FEATURES if name in flags]
+
+
+def _cache() -> dict[str, Any]:
+    from s4c.models.builtin import home
+
+    sizes = [path.stat().st_size for path in home().rglob("*") if path.is_file()]
+    return {"folder": str(home()), "megabytes": round(sum(sizes) / 1e6, 1)}
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    """The built-in models, and whether they are in the cache."""
+    from s4c.models.builtin import BUILTIN, is_cached
+
+    return {alias: {"package": model.package, "cached": is_cached(alias)} for alias, model in BUILTIN.items()}
+
+
+def _drafters() -> dict[str, dict[str, Any]]:
+    """The methods with their settings, and the drafters that come with the package."""
+    from s4c.drafters import METHODS
+    from s4c.drafters.checkpoint import read_checkpoint
+    from s4c.engine.llm import SHIPPED
+
+    shipped = {path.parent.name: read_checkpoint(path.parent) for path in sorted(SHIPPED.glob("*/config.json"))}
+    return {
+        "methods": {
+            name: {
+                "trained": method.model is not None,
+                "settings": {f.name: f.default for f in fields(method.config)} if method.config else {},
+            }
+            for name, method in METHODS.items()
+        },
+        "shipped": {
+            name: {"method": drafter.method, "target": drafter.target_name, "tree": drafter.default_tree}
+            for name, drafter in shipped.items()
+        },
+    }
+
+
+def _measure(llm: LLM, asked: str) -> dict[str, Any]:
+    """What runs the target, and what passes and rounds cost, in milliseconds."""
+    target = llm.target
+    return {
+        "name": target.spec.name,
+        "fingerprint": target.spec.fingerprint,
+        "runtime": type(target).__name__,
+        "reason": _reason(target, asked),
+        "device": str(target.device),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "context_length": target.spec.context_length,
+        "pass_ms": pass_costs(target),
+        "round": round_cost(llm),
+    }
+
+
+def _reason(target: Target, asked: str) -> str:
+    """Why this runtime runs the target."""
+    if asked != "auto":
+        return "asked for"
+    from s4c.models.llama import unsupported
+    from s4c.models.loading import load_config, resolve
+
+    problem = unsupported(load_config(resolve(target.spec.name)))
+    return f"the fast runtime cannot run it: {problem}" if problem else "the fast runtime knows this architecture"
+
+
+def pass_costs(target: Target) -> dict[int, float]:
+    """Median milliseconds of a verification pass over a chain of 1, 2, 4, ... tokens behind `CONTEXT` others.
+
+    The sizes take turns, so that whatever else the machine does falls on all of them.
+    """
+    sizes = [n for n in SIZES if n < target.spec.context_length]
+    context = max(1, min(CONTEXT, target.spec.context_length - sizes[-1]))
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    target.reserve(1, context + sizes[-1])
+    target.prefill(0, _some_tokens(target, context))
+    for _ in range(1 + PASSES):
+        for n in sizes:
+            tree = _chain(target, n)
+            started = _now(target)
+            target.verify(tree)
+            times[n].append(_now(target) - started)
+    return {n: round(1e3 * median(values[1:]), 3) for n, values in times.items()}
+
+
+def _some_tokens(target: Target, count: int) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(target.spec.vocab_size, (count,), generator=generator).to(target.device)
+
+
+def _chain(target: Target, count: int) -> DraftTree:
+    import torch
+
+    from s4c.verify.tree import from_paths
+
+    root, *path = _some_tokens(target, count).tolist()
+    return from_paths(torch.tensor([root], device=target.device), [[path]], count)
+
+
+def _now(target: Target) -> float:
+    """Seconds, with all work on the device done."""
+    import torch
+
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()
+
+
+def round_cost(llm: LLM) -> dict[str, Any]:
+    """Mean milliseconds of the steps of a round of this drafter and tree."""
+    from s4c.types import SamplingParams
+
+    spec = llm.target.spec
+    room = min(ROUNDED, spec.context_length // 2)
+    prompt = _some_tokens(llm.target, min(CONTEXT, spec.context_length - room)).tolist()
+    params = SamplingParams(max_new_tokens=room, ignore_eos=True)
+    llm.generate(prompt, replace(params, max_new_tokens=min(8, room)))
+    stats = llm.generate(prompt, params).stats
+    steps = {name: round(1e3 * seconds / stats.rounds, 3) for name, seconds in stats.steps.items()}
+    return {"drafter": llm.drafter.name, "tree": str(llm.plan), "steps_ms": steps}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    for name, value in report["machine"].items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    table.add_row("cache", f"{report['cache']['folder']} ({report['cache']['megabytes']} MB)")
+    for alias, model in report["models"].items():
+        table.add_row("built-in model", f"{alias} ({model['package']}), {'' if model['cached'] else 'not yet '}cached")
+    for name, method in report["methods"].items():
+        settings = " ".join(f"{key}={value}" for key, value in method["settings"].items())
+        kind = "trained by s4c train" if method["trained"] else "no training"
+        table.add_row("method", f"{name} ({kind}) {settings}")
+    for name, drafter in report["shipped"].items():
+        table.add_row("shipped drafter", f"{name}: {drafter['method']} for {drafter['target']}")
+    console.print(table, soft_wrap=True)
+    if report["target"] is not None:
+        _print_target(report["target"], console)
+
+
+def _print_target(target: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    console.print(
+        f"\ntarget {target['name']}: {target['runtime']} ({target['reason']}), {target['dtype']} on "
+        f"{target['device']}, context {target['context_length']}",
+        soft_wrap=True,
+    )
+    table = Table("tokens of a pass", *(str(n) for n in target["pass_ms"]))
+    table.add_row("ms", *(f"{cost:.1f}" for cost in target["pass_ms"].values()))
+    console.print(table)
+    steps = ", ".join(f"{name} {cost:.1f}" for name, cost in target["round"]["steps_ms"].items())
+    measured = target["round"]
+    console.print(f"a round of {measured['drafter']} with {measured['tree']}, ms: {steps}", soft_wrap=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,9 +95,16 @@ Seed = Annotated[
     int, typer.Option(help="The same seed writes the same text, whatever the drafter.", rich_help_panel=SAMPLING)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Data = Annotated[
-    list[Path], typer.Option(help="JSONL that `s4c distill` wrote; may be repeated.", show_default=False)
-]
+Data = Annotated[list[Path], typer.Option(help="JSONL that `s4c distill` wrote; may be repeated.", show_default=False)]
+
+
+def start() -> None:
+    """Import what takes seconds to import, with a sign of life."""
+    if "s4c.engine.llm" not in sys.modules:
+        with spinner("starting torch"):
+            import_module("s4c.engine.llm")
+            for name in ("AutoConfig", "AutoTokenizer"):
+                getattr(import_module("transformers"), name)
 
 
 @contextmanager
@@ -103,19 +112,6 @@ def spinner(message: str) -> Iterator[None]:
     """Show on a terminal's stderr that something takes its time."""
     with Console(stderr=True).status(message):
         yield
-
-
-def set_threads(threads: int) -> None:
-    """Bound the CPU threads of the process.
-
-    Raises:
-        ValueError: fewer than one.
-    """
-    import torch
-
-    if threads < 1:
-        raise ValueError(f"threads is {threads}; it must be at least 1")
-    torch.set_num_threads(threads)
 
 
 def load(
@@ -136,8 +132,9 @@ def load(
     Raises:
         ValueError: as `s4c.LLM`.
     """
-    with spinner("starting torch"):
-        from s4c.engine.llm import LLM
+    start()
+    from s4c.engine.llm import LLM
+
     return LLM(
         target,
         drafter,

@@ -57,7 +57,7 @@ def show(
         The text, and the outcome; None for the outcome when it was stopped.
     """
     console = Console(highlight=False)
-    painter = Painter(decoder(llm)) if console.is_terminal else None
+    painter = Painter(llm.decode) if console.is_terminal else None
     text = ""
     for chunk in chunks:
         text += chunk.text
@@ -70,13 +70,6 @@ def show(
         if chunk.generation is not None or stopped():
             return text, chunk.generation
     raise AssertionError("the last chunk of a stream has no outcome")
-
-
-def decoder(llm: LLM) -> Decode:
-    """The target's tokenizer, as the engine asks it."""
-    return lambda tokens: str(
-        llm.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
 
 
 def printable(text: str) -> str:

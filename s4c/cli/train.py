@@ -1,11 +1,12 @@
 """`s4c train`: a drafter learns from text that the target wrote.
 
-    s4c train --data text.jsonl --out run --max-seconds 3600 --set heads=3
-    s4c generate "Why is the sky blue?" --drafter run/best --compare
+s4c train --data text.jsonl --out run --max-seconds 3600 --set heads=3
+s4c generate "Why is the sky blue?" --drafter run/best --compare
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import types
@@ -34,7 +35,7 @@ def _setting(default: str, help: str, panel: str = RUN) -> Any:
 
 def train(
     data: options.Data,
-    out: Annotated[Path, typer.Option(help="Folder of the run; the drafter will be in its `best`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the drafter will be in best.", show_default=False)],
     method: Annotated[str, typer.Option(help="What kind of drafter to train; see `s4c info`.")] = "s4c",
     settings: Annotated[
         list[str] | None,
@@ -73,26 +74,23 @@ def train(
 ) -> None:
     """Train a drafter. A run that was stopped goes on with the same command and --resume."""
     given = {name: value for name, value in locals().items() if value is not None}
-    with options.spinner("starting torch"):
-        import torch
+    options.start()
+    import torch
 
-        from s4c.training.losses import LossWeights
-        from s4c.training.trainer import TrainConfig, Trainer
+    from s4c.training.losses import LossWeights
+    from s4c.training.trainer import TrainConfig, Trainer
+
     weights = {name: given[f"{name}_weight"] for name in ("lm", "teacher", "smooth") if f"{name}_weight" in given}
     named = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**named, weights=LossWeights(**weights))
     line = trained_method(method)
     method_config = parse_settings(line, settings or [])
-    if threads is not None:
-        options.set_threads(threads)
-    from s4c.models.loading import load_target
-
-    model_target = load_target(target, runtime=runtime, dtype=dtype, device=device)
-    rows, held = _rows(data, model_target, config)
+    llm = options.load(target, "none", dtype=dtype, device=_own(device), threads=threads, runtime=runtime)
+    rows, held = _rows(data, llm.target, config)
     torch.manual_seed(config.seed)
-    model = new_model(line, method_config, model_target, rows)
+    model = new_model(line, method_config, llm.target, rows)
     provenance = {"command": _command(), "data files": ", ".join(path.name for path in data)}
-    trainer = Trainer(model_target, line.name, model, rows, held, config, out, resume=resume, provenance=provenance)
+    trainer = Trainer(llm.target, line.name, model, rows, held, config, out, resume=resume, provenance=provenance)
     _report(trainer, trainer.fit())
 
 
@@ -163,6 +161,14 @@ def new_model(method: Method, config: Any, target: Target, rows: list[Row]) -> D
     if size == spec.vocab_size:
         return method.model(target, config, torch.arange(size))
     return method.model(target, config, frequent_tokens(rows, size, spec.vocab_size, spec.eos_token_ids))
+
+
+def _own(device: str) -> str:
+    """The GPU of this process among those of `accelerate launch`."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "auto" and rank is not None and torch.cuda.is_available() else device
 
 
 def _command() -> str:

@@ -22,7 +22,7 @@ from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
 from s4c.errors import BadLogits
 from s4c.models.base import Target
-from s4c.models.loading import load_target, load_tokenizer, resolve
+from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
 from s4c.types import SamplingParams
 from s4c.verify.tree import TreePlan
 
@@ -95,7 +95,7 @@ class LLM:
         self.tokenizer: Any = None
         if isinstance(target, str):
             directory = resolve(target)
-            self.tokenizer = load_tokenizer(directory) if (directory / "tokenizer_config.json").exists() else None
+            self.tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
             target = load_target(target, runtime=runtime, dtype=dtype, device=device, context_length=context_length)
         self.target = target
         self.rule = rule
@@ -192,6 +192,13 @@ class LLM:
             raise ValueError("the prompt is empty; give a text, a chat or token ids with at least one token")
         return list(ids)
 
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, special ones left out."""
+        text: str = self._need_tokenizer("the text of tokens").decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
     def _chat_ids(self, messages: Any) -> list[int]:
         tokenizer = self._need_tokenizer("a chat")
         if not tokenizer.chat_template:
@@ -237,12 +244,8 @@ class LLM:
             self._need_tokenizer("a stop string")
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        decode = self._decode if self.tokenizer is not None else None
+        decode = self.decode if self.tokenizer is not None else None
         return Sequence(ids, params, decode, spec.eos_token_ids, spec.context_length)
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 def choose_drafter(name: str | Path, target: Target) -> Drafter:

@@ -20,7 +20,7 @@ from s4c.engine.sequence import Sequence
 from s4c.engine.stats import StepTimer
 from s4c.errors import BadLogits
 from s4c.models.base import Target
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.rules import Rule, rule_named
 from s4c.verify.scores import NoiseTable, Scores
 from s4c.verify.tree import TreePlan
@@ -106,14 +106,17 @@ class Engine:
         sequence.stats.prefill_seconds = time.perf_counter() - started
 
     def _judge(self, tree: DraftTree, output: TargetOutput, scores: Scores, running: list[Sequence]) -> Verdict:
-        """The verdict; a sequence whose logits are unusable fails alone."""
+        """The verdict; a sequence of which no token can be chosen fails alone, and takes any token in its place."""
         try:
             return self.rule(tree, output, scores)
         except BadLogits as error:
+            params = list(scores.params)
             for row in error.rows:
                 running[row].fail(str(error))
                 output.logits[row] = 0.0
-            return self.rule(tree, output, scores)
+                params[row] = SamplingParams()
+            prompts = [len(sequence.prompt) for sequence in running]
+            return self.rule(tree, output, Scores(params, scores.tokens, prompts, self.noise))
 
     def _logprobs(
         self, tree: DraftTree, output: TargetOutput, verdict: Verdict, scores: Scores

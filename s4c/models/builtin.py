@@ -64,6 +64,16 @@ def home() -> Path:
     return Path(os.environ.get("S4C_HOME") or Path.home() / ".cache" / "s4c").expanduser().resolve()
 
 
+def builtin_entry(alias: str) -> str:
+    """The name of a built-in model's entry in the cache."""
+    return f"{alias}-{BUILTIN[alias].sha256[:12]}-v{FORMAT}"
+
+
+def is_cached(alias: str) -> bool:
+    """Whether a built-in model has been fetched and converted."""
+    return (home() / "models" / builtin_entry(alias)).is_dir()
+
+
 def builtin_directory(alias: str) -> Path:
     """The directory of a built-in model, fetched and converted if it is not in the cache.
 
@@ -82,7 +92,7 @@ def builtin_directory(alias: str) -> Path:
             with status(f"converting {gguf.name}, once"):
                 convert(gguf, folder)
 
-    return build_once(f"{alias}-{model.sha256[:12]}-v{FORMAT}", build)
+    return build_once(builtin_entry(alias), build)
 
 
 def gguf_directory(gguf: Path) -> Path:

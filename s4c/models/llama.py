@@ -167,59 +167,68 @@ class LlamaTarget(Target):
         return features
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Put each weight into its place as it is read, then pack layer by layer, so that the peak stays low."""
+        """Put each weight into its place as it is read; a layer is packed once it is whole, so the peak stays low."""
         self.layers.to_empty(device=self.device)
         self.norm.to_empty(device=self.device)
         for parameter in self.layers.parameters():
             parameter.requires_grad_(False)
             if parameter.ndim > 1:
-                parameter.data = parameter.data.to(self.dtype)
-        places = self._places()
-        missing = set(places)
+                parameter.data = torch.empty_like(parameter, dtype=self.dtype)
+        layers = [self._layer_places(index) for index in range(len(self.layers))]
+        waiting = [len(places) for places in layers]
+        home = {name: (index, place) for index, places in enumerate(layers) for name, place in places.items()}
+        home |= {name: (-1, place) for name, place in self._outer_places().items()}
+        layers.clear()
         for name, tensor in tensors:
-            place = places.get(name)
-            if place is None:
+            if name not in home:
                 continue
+            index, place = home.pop(name)
             if tensor.shape != place.shape:
                 raise CorruptCheckpoint(
                     f"weight {name} of {self.spec.name} is {list(tensor.shape)}; "
                     f"its configuration wants {list(place.shape)}"
                 )
             place.copy_(tensor)
-            missing.remove(name)
-        if missing:
+            del place
+            if index >= 0:
+                waiting[index] -= 1
+                if not waiting[index]:
+                    pack(self.layers[index])
+        if home:
             raise CorruptCheckpoint(
-                f"the weights of {self.spec.name} lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
+                f"the weights of {self.spec.name} lack {', '.join(sorted(home)[:3])} ({len(home)} in all)"
             )
-        for part in (*self.layers, self.head):
-            pack(part)
+        self.head.pack()
 
-    def _places(self) -> dict[str, Tensor]:
-        """Where the weight of each Hugging Face name goes: a parameter or rows of a fused one."""
-        shape = self.shape
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    def _outer_places(self) -> dict[str, Tensor]:
+        """Where the weights outside the layers go, by their Hugging Face names."""
         places = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self.norm.weight.data}
         if self.head.weight.data_ptr() != self._embedding.data_ptr():
             places["lm_head.weight"] = self.head.weight.data
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            attention, mlp = layer.attention, layer.mlp
-            parts: dict[str, Tensor] = {
-                "input_layernorm.weight": layer.attention_norm.weight.data,
-                "post_attention_layernorm.weight": layer.mlp_norm.weight.data,
-            }
-            if shape.head_norms:
-                parts["self_attn.q_norm.weight"] = attention.q_norm.weight.data
-                parts["self_attn.k_norm.weight"] = attention.k_norm.weight.data
-            fused = {
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): (attention.qkv, [queries, keys, keys]),
-                ("self_attn.o_proj",): (attention.out, [shape.hidden]),
-                ("mlp.gate_proj", "mlp.up_proj"): (mlp.gate_up, [shape.intermediate] * 2),
-                ("mlp.down_proj",): (mlp.down, [shape.hidden]),
-            }
-            for names, (linear, rows) in fused.items():
-                parts |= {f"{n}.weight": t for n, t in zip(names, linear.weight.data.split(rows), strict=True)}
-                if linear.bias is not None:
-                    parts |= {f"{n}.bias": t for n, t in zip(names, linear.bias.data.split(rows), strict=True)}
-            places |= {f"model.layers.{index}.{name}": tensor for name, tensor in parts.items()}
         return places
+
+    def _layer_places(self, index: int) -> dict[str, Tensor]:
+        """Where the weights of a layer go, by their Hugging Face names: parameters, or rows of fused ones."""
+        shape = self.shape
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        attention, mlp = layer.attention, layer.mlp
+        places: dict[str, Tensor] = {
+            "input_layernorm.weight": layer.attention_norm.weight.data,
+            "post_attention_layernorm.weight": layer.mlp_norm.weight.data,
+        }
+        if shape.head_norms:
+            places["self_attn.q_norm.weight"] = attention.q_norm.weight.data
+            places["self_attn.k_norm.weight"] = attention.k_norm.weight.data
+        fused = {
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): (attention.qkv, [queries, keys, keys]),
+            ("self_attn.o_proj",): (attention.out, [shape.hidden]),
+            ("mlp.gate_proj", "mlp.up_proj"): (mlp.gate_up, [shape.intermediate] * 2),
+            ("mlp.down_proj",): (mlp.down, [shape.hidden]),
+        }
+        for names, (linear, rows) in fused.items():
+            places |= {f"{n}.weight": t for n, t in zip(names, linear.weight.data.split(rows), strict=True)}
+            if linear.bias is not None:
+                places |= {f"{n}.bias": t for n, t in zip(names, linear.bias.data.split(rows), strict=True)}
+        return {f"model.layers.{index}.{name}": place for name, place in places.items()}

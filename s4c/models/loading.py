@@ -250,15 +250,26 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
             raise CorruptCheckpoint(f"{generation} is not a JSON object ({error})") from error
     if found is None:
         found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
-    if found is None and _has_tokenizer(directory):
+    if found is None and has_tokenizer(directory):
         found = load_tokenizer(directory).eos_token_id
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 
-def _has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is anything to read a tokenizer from."""
     return any((directory / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """The class that reads a tokenizer: the general one directly where it is named, for AutoTokenizer is slow."""
+    import transformers
+
+    config = directory / "tokenizer_config.json"
+    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
+    general = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (directory / "tokenizer.json").exists()
+    return transformers.PreTrainedTokenizerFast if general else transformers.AutoTokenizer
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -267,14 +278,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or transformers cannot read it.
     """
-    from transformers import AutoTokenizer
-
     files = "tokenizer.json, or the files of its family, and tokenizer_config.json"
-    if not _has_tokenizer(directory):
+    if not has_tokenizer(directory):
         raise ValueError(f"{directory} holds no tokenizer ({files}); give token ids instead of text, or add them")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            tokenizer = _tokenizer_class(directory).from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(
             f"the tokenizer in {directory} cannot be read ({_first_line(error)}); it needs {files}"

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def compute_features(path: Path, rows: Sequence[Row], target: Target) -> None:
     beside = path.with_suffix(".partial")
     shape = (offsets[-1], target.spec.hidden_size)
     try:
-        with beside.open("wb") as file, Progress(transient=True) as progress:
+        with beside.open("wb") as file, Progress(transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task("features of the target", total=offsets[-1])
             for row in sorted(range(len(rows)), key=lambda r: len(rows[r])):
                 values = compute(row).to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()

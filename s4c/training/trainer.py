@@ -11,7 +11,7 @@ What stands in the folder `out`:
 
 The order of the data and the learning rate are functions of the step alone, so a run that is killed and
 resumed repeats the losses of an unbroken one bit for bit. (With a limit in seconds the rate follows the clock.)
-Under `accelerate launch` each process takes its share of the batches and gradients are averaged.
+Under `accelerate launch` or `torchrun` each process takes its share of the batches and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from s4c.drafters.base import DraftModel, TrainingBatch
@@ -40,6 +36,7 @@ from s4c.models.base import Target
 from s4c.training.checkpoint import exclusive, latest, load_state, read_facts, save_state
 from s4c.training.data import Row, batch_order, collate, summary
 from s4c.training.features import FeatureSource, open_features
+from s4c.training.log import TrainingLog, stop_signals
 from s4c.training.losses import CompositeLoss, LossWeights
 from s4c.training.simulate import HeadAcceptance, simulate
 from s4c.verify.tree import TreePlan
@@ -163,7 +160,7 @@ class Trainer:
     """One training run.
 
     Args:
-        target: the model that the drafter will draft for.
+        target: the model that the drafter will draft for, on this process's own device.
         method: the drafter's name in the table.
         model: the draft model; its weights are where training starts.
         train: rows to learn from.
@@ -194,9 +191,7 @@ class Trainer:
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on; every prompt is held out or longer than max_length")
-        # The target's tensors are buffers of the module: they are the same everywhere and need no broadcast.
-        gradients = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=target.device.type == "cpu", kwargs_handlers=[gradients])
+        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
         self.main = self.accelerator.is_main_process
         self.target = target
         self.method = method
@@ -234,20 +229,13 @@ class Trainer:
         """
         with exclusive(self.out / "lock") if self.main else contextlib.nullcontext():
             self._open()
-            step_module = self.accelerator.prepare(self.loss)
             interrupted = False
-            with _stop_signals() as stop, _Log(self) as log:
+            with stop_signals() as stop, TrainingLog(self.out, self.standing, silent=not self.main) as log:
                 while not interrupted and self._done() < 1:
                     batch, tokens = self._next_batch()
-                    loss, parts, norm = self._step(step_module, batch)
+                    log.step(self._step(batch))
                     interrupted = self._advance(tokens, stop.is_set())
-                    log.step(loss, parts, norm)
-                    last = interrupted or self._done() >= 1
-                    if self.standing.step % self.config.eval_every == 0 or (last and not interrupted):
-                        log.validated(self._validate())
-                    if self.standing.step % self.config.save_every == 0 or last:
-                        log.flush()
-                        self._save()
+                    self._milestones(log, interrupted)
                 if interrupted:
                     log.say(f"stopped by a signal; step {self.standing.step} is saved in {self.out}, resume to go on")
         best = self.out / "best"
@@ -275,6 +263,9 @@ class Trainer:
         self.held_features = [self.features(r).clone() for r in held] if self.main else []
         self.order: tuple[int, list[list[int]]] = (-1, [])
         self.total_steps = self._total_steps()
+        if self.accelerator.num_processes > 1:
+            for parameter in self.model.parameters():
+                parameter.data = broadcast(parameter.data)
         self.started = time.monotonic() - self.standing.seconds
 
     def _features(self, rows: Sequence[Row]) -> FeatureSource:
@@ -325,15 +316,37 @@ class Trainer:
         batch = collate([self.train[r] for r in rows], [self.features(r) for r in rows], self.target.device)
         return batch, sum(len(self.train[r]) for r in rows)
 
-    def _step(self, module: torch.nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _step(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """One step of the optimizer: the losses by name, and the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = module(batch)
-        self.accelerator.backward(loss)
+        loss, parts = self.loss(batch)
+        loss.backward()
+        self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
-        return loss.detach(), parts, norm
+        return {"loss": loss.detach(), "gradient": norm, **parts}
+
+    def _average_gradients(self) -> None:
+        """The mean over all processes, in one message."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _milestones(self, log: TrainingLog, interrupted: bool) -> None:
+        """After a step: log, validate and save when it is time to, or when the run ends."""
+        step, config = self.standing.step, self.config
+        ends = self._done() >= 1
+        if step % config.log_every == 0 or step % config.save_every == 0 or interrupted or ends:
+            log.flush(self.optimizer.param_groups[0]["lr"], min(1.0, self._done()))
+        if step % config.eval_every == 0 or ends:
+            log.validated(self._validate())
+        if step % config.save_every == 0 or interrupted or ends:
+            self._save()
 
     def _advance(self, tokens: int, stopped: bool) -> bool:
         """Move on by a step; whether any process was told to stop. All processes come to the same standing."""
@@ -400,130 +413,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-class _Log:
-    """Progress bar, metrics.jsonl and TensorBoard of the main process."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.mal = trainer.standing.best_mal
-        self.mark = (time.monotonic(), trainer.standing.tokens)
-        self.console = Console(stderr=True, quiet=not trainer.main)
-        self.bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            TextColumn("loss {task.fields[loss]} | {task.fields[speed]} tokens/s | MAL {task.fields[mal]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            speed_estimate_period=600,
-        )
-
-    def __enter__(self) -> _Log:
-        if self.trainer.main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            step = self.trainer.standing.step
-            self.path = self.trainer.out / "metrics.jsonl"
-            _keep_until(self.path, step)
-            self.board = SummaryWriter(str(self.trainer.out / "tensorboard"), purge_step=step + 1)
-        self.task = self.bar.add_task("training", total=1.0, step=0, loss="-", speed="-", mal="-")
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if self.trainer.main:
-            self.board.close()
-
-    def step(self, loss: Tensor, parts: dict[str, Tensor], norm: Tensor) -> None:
-        """Take in the losses of a step."""
-        for name, value in {"loss": loss, "gradient": norm, **parts}.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        if self.trainer.standing.step % self.trainer.config.log_every == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the means since the last flush."""
-        if not self.count:
-            return
-        standing = self.trainer.standing
-        means = {name: float(value) / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        if not math.isfinite(means["loss"]):
-            raise ValueError(
-                f"the loss is {means['loss']} at step {standing.step}; lower the learning rate or turn autocast off. "
-                "The last saved step is whole"
-            )
-        now = time.monotonic()
-        speed = (standing.tokens - self.mark[1]) / max(1e-9, now - self.mark[0])
-        self.mark = (now, standing.tokens)
-        self._write(
-            {**means, "learning_rate": self.trainer.optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
-        )
-        self.bar.update(
-            self.task,
-            completed=self.trainer._done(),
-            step=standing.step,
-            loss=f"{means['loss']:.3f}",
-            speed=f"{speed:.0f}",
-            mal=f"{self.mal:.3f}",
-        )
-
-    def validated(self, metrics: dict[str, Any]) -> None:
-        """Write the outcome of a validation; its time does not count in the speed."""
-        standing = self.trainer.standing
-        if metrics:
-            self.mal = metrics["mal"]
-            self._write(metrics)
-            shares = " ".join(f"{share:.3f}" for share in metrics["acceptance"])
-            self.bar.update(self.task, mal=f"{self.mal:.3f}")
-            self.say(
-                f"step {standing.step}, {standing.tokens:,} tokens, {standing.seconds:.0f} s: "
-                f"MAL {self.mal:.3f} (best {standing.best_mal:.3f}), acceptance by head {shares}"
-            )
-        self.mark = (time.monotonic(), standing.tokens)
-
-    def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(message, soft_wrap=True, highlight=False, markup=False)
-
-    def _write(self, values: dict[str, Any]) -> None:
-        if not self.trainer.main:
-            return
-        standing = self.trainer.standing
-        facts = {"step": standing.step, "tokens": standing.tokens, "seconds": round(standing.seconds, 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, standing.step)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as it did before."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _optimizer(model: DraftModel, config: TrainConfig) -> torch.optim.AdamW:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -533,20 +422,6 @@ def _optimizer(model: DraftModel, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file that tell of later steps: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(kept))
-    beside.rename(path)
 
 
 def _difference(saved: Any, present: Any) -> str:

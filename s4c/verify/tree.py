@@ -129,6 +129,11 @@ class TreePlan:
             raise ValueError(f"tree {text!r} has no room for a candidate; best:N needs N of at least 2")
         return cls(kind, width=min(number - 1, 8), depth=levels, nodes=number)
 
+    def __str__(self) -> str:
+        """The tree as users write it."""
+        number = {"comb": self.width, "best": self.nodes, "chain": self.depth}[self.kind]
+        return f"{self.kind}:{number}" + (f"x{self.depth}" if self.depth and self.kind != "chain" else "")
+
     def deepened(self, depth: int) -> TreePlan:
         """The same plan, with the drafter's own depth where none was given."""
         if self.depth:
@@ -183,10 +188,9 @@ class TreeBuilder:
         batch, expanded, columns = scores.shape
         width = min(self.plan.width, columns)
         top, index = scores.topk(width, dim=-1)
-        # The clamps: a row of nothing but -inf gives -inf and not NaN, and rounding makes no child likelier
-        # than its parent, so that the most probable nodes include their ancestors.
+        # The clamp: a row of nothing but -inf gives children of probability 0, not NaN.
         total = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        path = self._path.gather(1, self.frontier)[..., None] + (top - total).clamp(max=0)
+        path = self._path.gather(1, self.frontier)[..., None] + (top - total)
         tokens = index if token_ids is None else token_ids[index]
         first = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens.flatten(1)], 1)
