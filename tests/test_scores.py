@@ -32,8 +32,8 @@ from s4c.verify.scores import (
     TARGET_STREAM,
     NoiseTable,
     Scores,
+    check_chosen,
     choose,
-    decide,
     generator,
     gumbel,
     keep_top_k,
@@ -309,7 +309,7 @@ def test_noise_has_the_gumbel_law() -> None:
 
 def drawn(noise: list[np.ndarray], logits: Tensor) -> list[int]:
     table = torch.from_numpy(np.stack(noise))
-    return decide(logits.expand(len(noise), 1, -1), table[:, None])[:, 0].tolist()
+    return choose(logits.expand(len(noise), 1, -1), table[:, None])[:, 0].tolist()
 
 
 @pytest.mark.parametrize("across", ["positions", "seeds"])
@@ -359,11 +359,11 @@ def test_coins_are_uniform_and_independent_of_each_other_and_of_the_residual_dra
     ],
 )
 @pytest.mark.parametrize("noisy", [False, True])
-def test_decide_names_the_row_without_a_law(poison: list[float], words: str, noisy: bool) -> None:
+def test_the_choice_names_the_row_without_a_law(poison: list[float], words: str, noisy: bool) -> None:
     logits = torch.zeros(3, 2, 3)
     logits[1, 1] = torch.tensor(poison)
     with pytest.raises(BadLogits, match=rf"sequence 1 of the batch .*{words}") as caught:
-        decide(logits, torch.zeros_like(logits) if noisy else None)
+        check_chosen(choose(logits, torch.zeros_like(logits) if noisy else None))
     assert caught.value.rows == [1]
 
 

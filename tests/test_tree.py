@@ -262,3 +262,9 @@ def test_root_only() -> None:
     tree = root_only(torch.tensor([4, 5]))
     assert tree.tokens.tolist() == [[4], [5]]
     check_contract(tree)
+
+
+@pytest.mark.parametrize("text", ["comb:100000", "best:5000", "chain:1024", "comb:64x64"])
+def test_a_plan_that_no_machine_wants_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="at most 1024 nodes"):
+        TreePlan.parse(text)

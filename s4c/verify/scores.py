@@ -305,14 +305,3 @@ def check_chosen(tokens: Tensor) -> None:
             what = "exclude every token: let logit_bias and bad_words leave one"
         names = ", ".join(str(row) for row in rows)
         raise BadLogits(f"nothing was sampled: the target's logits of sequence {names} of the batch {what}", rows)
-
-
-def decide(processed: Tensor, noise: Tensor | None) -> Tensor:
-    """`choose`, where every node must have a law.
-
-    Raises:
-        BadLogits: a row of logits holds NaN or +inf, or nothing but -inf.
-    """
-    tokens = choose(processed, noise)
-    check_chosen(tokens)
-    return tokens

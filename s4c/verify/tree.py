@@ -27,6 +27,9 @@ from torch import Tensor
 
 from s4c.types import DraftTree
 
+MOST_NODES = 1024
+"""No tree is larger: a pass over so many nodes costs many times what it can win."""
+
 EXPANDED_PER_LEVEL = 4
 """How many nodes of a level `best` expands: a draft step over four rows costs what one over one row does."""
 
@@ -121,6 +124,8 @@ class TreePlan:
         kind, number, levels = (match[1], int(match[2]), int(match[3] or 0)) if match else ("", 0, 0)
         if match is None or number < 1 or (match[3] is not None and (levels < 1 or kind == "chain")):
             raise ValueError(f"tree {text!r} is not known; it must be {cls.FORMS}")
+        if number * max(levels, 1) >= MOST_NODES:
+            raise ValueError(f"tree {text!r} is too large; a tree has at most {MOST_NODES} nodes")
         if kind == "chain":
             return cls(kind, width=1, depth=number, nodes=number + 1)
         if kind == "comb":
