@@ -47,7 +47,7 @@ def plain(target: Any, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("family", tiny_models.LLAMA_LIKE)
 def test_plain_decoding_is_that_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     directory = tiny_models.save(tmp_path, family, tied=tied)
-    target = load_target(str(directory), runtime="llama")
+    target = load_target(str(directory), runtime="torch")
     oracle = AutoModelForCausalLM.from_pretrained(directory)
     assert plain(target, PROMPT, 40) == tiny_models.greedy(oracle, PROMPT, 40)
 
@@ -56,7 +56,7 @@ def test_plain_decoding_is_that_of_transformers(tmp_path: Path, family: str, tie
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_prefill_features_and_logits_are_those_of_transformers(tmp_path: Path, family: str, dtype: str) -> None:
     directory = tiny_models.save(tmp_path, family)
-    target = load_target(str(directory), runtime="llama", dtype=dtype)
+    target = load_target(str(directory), runtime="torch", dtype=dtype)
     oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = torch.randint(0, tiny_models.VOCAB, (70,), generator=torch.Generator().manual_seed(1))
     target.reserve(1, 80)
@@ -70,7 +70,7 @@ def test_prefill_features_and_logits_are_those_of_transformers(tmp_path: Path, f
 
 @pytest.mark.parametrize("family", tiny_models.LLAMA_LIKE)
 def test_a_node_sees_its_own_path_alone(tmp_path: Path, family: str) -> None:
-    target = load_target(str(tiny_models.save(tmp_path, family)), runtime="llama")
+    target = load_target(str(tiny_models.save(tmp_path, family)), runtime="torch")
     target.reserve(1, 64)
     target.prefill(0, torch.tensor(PROMPT))
     parents, tokens = [-1, 0, 0, 1, 1, 2, 4], [7, 8, 9, 10, 11, 12, 13]
@@ -88,7 +88,7 @@ def test_a_node_sees_its_own_path_alone(tmp_path: Path, family: str) -> None:
 
 
 def test_committing_a_path_is_decoding_it(tmp_path: Path) -> None:
-    target = load_target(str(tiny_models.save(tmp_path, "qwen3")), runtime="llama")
+    target = load_target(str(tiny_models.save(tmp_path, "qwen3")), runtime="torch")
     target.reserve(1, 64)
     target.prefill(0, torch.tensor(PROMPT))
     target.verify(tree_of([-1, 0, 0, 2, 2, 4], [7, 8, 9, 10, 11, 12]))
@@ -100,7 +100,7 @@ def test_committing_a_path_is_decoding_it(tmp_path: Path) -> None:
 
 
 def test_batched_is_single(tmp_path: Path) -> None:
-    target = load_target(str(tiny_models.save(tmp_path, "mistral")), runtime="llama")
+    target = load_target(str(tiny_models.save(tmp_path, "mistral")), runtime="torch")
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 64, (n,), generator=generator) for n in (3, 17, 9, 0)]
     tree = tree_of([-1, 0, 0, 1], [7, 8, 9, 10])
@@ -120,7 +120,7 @@ def test_batched_is_single(tmp_path: Path) -> None:
 
 
 def test_a_prompt_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="llama")
+    target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="torch")
     tokens = torch.randint(0, 64, (50,), generator=torch.Generator().manual_seed(3))
     target.reserve(1, 64)
     whole = target.prefill(0, tokens)
@@ -129,7 +129,7 @@ def test_a_prompt_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_room_grows_without_losing_what_is_cached(tmp_path: Path) -> None:
-    target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="llama")
+    target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="torch")
     target.reserve(1, 8)
     target.prefill(0, torch.tensor(PROMPT))
     before = target.verify(root_only(torch.tensor([7]))).logits
@@ -139,7 +139,7 @@ def test_room_grows_without_losing_what_is_cached(tmp_path: Path) -> None:
 
 def test_heads_and_embeddings_are_the_models(tmp_path: Path) -> None:
     directory = tiny_models.save(tmp_path, "qwen2", tied=False)
-    target = load_target(str(directory), runtime="llama")
+    target = load_target(str(directory), runtime="torch")
     weights = dict(tensors(directory))
     rows = torch.tensor([5, 1, 63])
     assert torch.equal(target.embedding_weight(), weights["model.embed_tokens.weight"])
@@ -160,7 +160,7 @@ def damaged(directory: Path, **changes: Any) -> list[tuple[str, Tensor]]:
 @pytest.mark.parametrize("change", [None, torch.zeros(3, 3)], ids=["missing", "misshaped"])
 def test_damaged_weights_are_refused_by_name(tmp_path: Path, change: Tensor | None) -> None:
     directory = tiny_models.save(tmp_path, "llama")
-    spec = load_target(str(directory), runtime="llama").spec
+    spec = load_target(str(directory), runtime="torch").spec
     name = "model.layers.1.self_attn.k_proj.weight"
     with pytest.raises(CorruptCheckpoint, match=r"layers\.1\.self_attn\.k_proj"):
         LlamaTarget(
@@ -172,7 +172,7 @@ def test_what_the_runtime_cannot_do_is_refused(tmp_path: Path) -> None:
     gpt2 = tiny_models.save(tmp_path, "gpt2")
     assert "gpt2" in str(unsupported(load_config(gpt2)))
     with pytest.raises(UnsupportedModel, match="hf"):
-        load_target(str(gpt2), runtime="llama")
+        load_target(str(gpt2), runtime="torch")
     config = load_config(tiny_models.save(tmp_path, "llama"))
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert "dynamic" in str(unsupported(config))

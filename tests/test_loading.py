@@ -134,13 +134,13 @@ def test_a_missing_shard_a_missing_tensor_and_a_wrong_shape(tmp_path: Path, llam
     content = load_file(llama / "model.safetensors")
     norm = content.pop("model.norm.weight")
     save_file(content, llama / "model.safetensors", metadata={"format": "pt"})
-    for runtime in ("llama", "hf"):
+    for runtime in ("native", "torch", "hf"):
         with pytest.raises(CorruptCheckpoint, match=r"norm\.weight"):
             load_target(str(llama), runtime=runtime)
     save_file(
         {**content, "model.norm.weight": norm[:-1].clone()}, llama / "model.safetensors", metadata={"format": "pt"}
     )
-    for runtime in ("llama", "hf"):
+    for runtime in ("native", "torch", "hf"):
         with pytest.raises(CorruptCheckpoint):
             load_target(str(llama), runtime=runtime)
 
@@ -187,10 +187,12 @@ def test_the_fast_runtime_where_it_can(tmp_path: Path, llama: Path) -> None:
     assert (target.dtype, target.device.type) == (torch.float32, "cpu")
     assert (target.spec.vocab_size, target.spec.hidden_size, target.spec.context_length) == (64, 32, 128)
     with pytest.raises(UnsupportedModel, match="gpt2"):
-        load_target(str(gpt2), runtime="llama")
+        load_target(str(gpt2), runtime="torch")
 
 
-@pytest.mark.parametrize("argument", [{"runtime": "vllm"}, {"dtype": "int8"}, {"dtype": torch.int8}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "argument", [{"runtime": "vllm"}, {"dtype": "int4"}, {"dtype": torch.int16}, {"device": "tpu"}]
+)
 def test_an_argument_that_is_not_known(llama: Path, argument: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be one of .*(hf|bfloat16|cpu)"):
         load_target(str(llama), **argument)

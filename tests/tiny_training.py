@@ -23,6 +23,8 @@ VOCAB, HIDDEN, EOS = 23, 8, 2
 class TinyTarget(Target):
     """f_t = tanh(E x_t + A E x_{t-1}), logits W f_t. It only knows how to read a text."""
 
+    runtime = "torch"
+
     def __init__(self, seed: int = 0, name: str = "tiny") -> None:
         random = torch.Generator().manual_seed(seed)
         self.spec = TargetSpec(name, f"hash-of-{seed}", VOCAB, HIDDEN, 256, (EOS,))

@@ -92,10 +92,18 @@ def _machine() -> dict[str, Any]:
     return {
         "devices": ["cpu", *gpus],
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": _threads(),
         "cpu": _cpu_features(),
         "torch kernels": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _threads() -> int:
+    import torch
+
+    from s4c.models.native import library
+
+    return torch.get_num_threads() if library.problem() else library.threads()
 
 
 def _cpu_features() -> list[str]:
@@ -151,7 +159,7 @@ def _measure(llm: LLM, asked: str) -> dict[str, Any]:
     return {
         "name": target.spec.name,
         "fingerprint": target.spec.fingerprint,
-        "runtime": type(target).__name__,
+        "runtime": target.runtime,
         "reason": _reason(target, asked),
         "device": str(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -163,13 +171,9 @@ def _measure(llm: LLM, asked: str) -> dict[str, Any]:
 
 def _reason(target: Target, asked: str) -> str:
     """Why this runtime runs the target."""
-    if asked != "auto":
-        return "asked for"
-    from s4c.models.llama import unsupported
-    from s4c.models.loading import load_config, resolve
+    from s4c.models.loading import choose_runtime, load_config, resolve
 
-    problem = unsupported(load_config(resolve(target.spec.name)))
-    return f"the fast runtime cannot run it: {problem}" if problem else "the fast runtime knows this architecture"
+    return choose_runtime(asked, load_config(resolve(target.spec.name)), target.dtype, target.device)[1]
 
 
 def pass_costs(target: Target) -> dict[int, float]:

@@ -58,7 +58,7 @@ Threads = Annotated[
 ]
 Runtime = Annotated[
     str,
-    typer.Option(help="llama (fast), hf (any model), or auto: the fast one where it can.", rich_help_panel=MODEL),
+    typer.Option(help="native (C++, CPU), torch, hf (any model), or auto: the fastest.", rich_help_panel=MODEL),
 ]
 ContextLength = Annotated[
     int | None,

@@ -35,8 +35,8 @@ from s4c.drafters.base import (
     finish,
 )
 from s4c.models.base import Target
-from s4c.models.cache import KVCache
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.models.stack import Rope, make_stack
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import TreeBuilder
 
@@ -192,7 +192,9 @@ class S4CModel(DraftModel):
 
 
 def drafting_dtype(target: Target) -> torch.dtype:
-    """bfloat16 where it is fast: the drafter's precision changes how much is accepted, never what is written."""
+    """The fastest: the drafter's precision changes how much is accepted, never what is written."""
+    if target.runtime == "native":
+        return torch.int8
     return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
 
 
@@ -234,7 +236,6 @@ class _Rows:
 
     Attributes:
         tokens: [B, R] int64.
-        offsets: [B, R] int64, positions relative to the first committed row.
         visible: [B, R, R] bool, which rows a row attends to.
         parents: [B, R] int64, the row of the position before; -1 for the first one.
         frontier: [B, W] int64, the rows whose children are drafted next.
@@ -246,9 +247,8 @@ class _Rows:
         column = torch.arange(size, device=tokens.device)
         real = column < counts[:, None]
         self.tokens = tokens
-        self.offsets = column.expand(batch, -1)
         self.visible = ((column <= column[:, None]) & real[:, None]) | (column == column[:, None])
-        self.parents = self.offsets - 1
+        self.parents = (column - 1).expand(batch, -1)
         self.frontier = counts[:, None] - 1
         self.committed: list[int] = counts.tolist()
         self._frontier_nodes = torch.zeros_like(self.frontier)
@@ -267,7 +267,6 @@ class _Rows:
         sees = self.visible.gather(1, parents[..., None].expand(-1, -1, self.count))
         itself = torch.eye(width, dtype=torch.bool, device=nodes.device).expand(batch, -1, -1)
         self.visible = torch.cat([F.pad(self.visible, (0, width)), torch.cat([sees, itself], -1)], 1)
-        self.offsets = torch.cat([self.offsets, self.offsets.gather(1, parents) + 1], 1)
         self.tokens = torch.cat([self.tokens, builder.tokens.gather(1, nodes)], 1)
         self.frontier = torch.arange(self.count - width, self.count, device=nodes.device).expand(batch, -1)
         self.parents = torch.cat([self.parents, parents], 1)
@@ -290,33 +289,39 @@ class S4CDrafter(Drafter):
         self.config = model.config
         self.default_depth = model.config.depth or model.config.heads
         self.default_tree = f"best:16x{self.default_depth + 2}"
-        self.shape = model.shape
         self.token_ids = model.token_ids.to(self.device)
         self._embedding = target.embedding_weight()
-        self._frequencies = model.frequencies(self.device)
-        self._dtype = dtype
         self.heads = [copy.deepcopy(head).to(self.device).eval() for head in model.each_head()]
         self.lm_head = model.lm_head().to(self.device)
-        for part in (*self.heads, self.lm_head):
-            pack(part, dtype)
-        layers = model.config.heads * model.config.layers
-        self._cache = KVCache(layers, self.shape.kv_heads, self.shape.head_dim, dtype, self.device)
+        native = target.runtime == "native"
+        rope = Rope(model.frequencies(self.device))
+        self._stacks = []
+        for head in self.heads:
+            stack = make_stack(len(head.layers), model.shape, rope, dtype, self.device, native, head.norm)
+            for index, layer in enumerate(head.layers):
+                assert isinstance(layer, DecoderLayer)
+                stack.place(index, layer)
+            head.join.pack(dtype, native)
+            self._stacks.append(stack)
+        pack(self.lm_head, dtype, native)
         self._slots: dict[int, _Slot] = {}
 
     def reserve(self, slots: int, length: int) -> None:
-        self._cache.reserve(slots, length)
+        for stack in self._stacks:
+            stack.reserve(slots, length)
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
         self.reserve(slot + 1, tokens.shape[0])
-        self._cache.lengths[slot] = 0
+        for stack in self._stacks:
+            stack.lengths[slot] = 0
         before = F.pad(features.float(), (0, 0, 1, 0))
         state = _Slot([], before[-1:], before.new_zeros(len(self.heads) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
             rows = _Rows(chunk, torch.tensor([chunk.shape[1]], device=self.device))
             inputs = before[None, start : start + chunk.shape[1]]
-            outputs = self._run_remaining([], rows, inputs, state.carry[None], slice(slot, slot + 1))
+            outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
             self._settle([state], rows, outputs, slot)
         state.features = before[-1:]
         self._slots[slot] = state
@@ -325,7 +330,6 @@ class S4CDrafter(Drafter):
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
-        slots = slice(0, len(states))
         rows, features = self._catch_up(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
         builder = plan.grow(sequences.roots)
@@ -335,14 +339,14 @@ class S4CDrafter(Drafter):
                 rows.expand(builder)
             if len(outputs) < len(self.heads):
                 inputs = self._inputs(rows, outputs, features, carry)
-                outputs.append(self._run(len(outputs), rows, inputs, slots))
+                outputs.append(self._run(len(outputs), rows, inputs))
             else:
                 width = rows.frontier.shape[1]
                 inputs = _gather_rows(outputs[-1], rows.parents[:, -width:])
-                outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs, slots)], 1)
+                outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs)], 1)
             logits = self.lm_head(_gather_rows(outputs[-1], rows.frontier)).float()
             extend(sequences, builder, logits, self.token_ids)
-        outputs = self._run_remaining(outputs, rows, features, carry, slots)
+        outputs = self._run_remaining(outputs, rows, features, carry)
         self._settle(states, rows, outputs, 0)
         return finish(sequences, builder)
 
@@ -355,7 +359,8 @@ class S4CDrafter(Drafter):
             state.features = torch.cat([state.features, new])
 
     def move(self, source: int, destination: int) -> None:
-        self._cache.move(source, destination)
+        for stack in self._stacks:
+            stack.move(source, destination)
         self._slots[destination] = self._slots.pop(source)
 
     def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[_Rows, Tensor]:
@@ -377,33 +382,26 @@ class S4CDrafter(Drafter):
         before = torch.cat([carry[:, len(outputs) - 1 : len(outputs)], outputs[-1]], 1)
         return _gather_rows(before, rows.parents + 1)
 
-    def _run(self, index: int, rows: _Rows, inputs: Tensor, slots: slice) -> Tensor:
+    def _run(self, index: int, rows: _Rows, inputs: Tensor, first_slot: int = 0) -> Tensor:
         """[B, R', d]: one head over the last R' rows of a round, as many as there are inputs."""
-        head = self.heads[index]
-        new = inputs.shape[1]
-        pending = rows.count - new
-        view = self._cache.view(slots, new, pending)
-        rotary = Rotary(view.lengths[:, None] + rows.offsets[:, pending:], self._frequencies)
-        mask = grouped_mask(view.mask(rows.visible[:, pending:]), self.shape, self._dtype)
-        x: Tensor = head(self._embedding[rows.tokens[:, pending:]], inputs)
-        first = (index % len(self.heads)) * self.config.layers
-        for offset, layer in enumerate(head.layers):
-            x = layer(x, rotary, mask, view, first + offset)
-        return head.output(x)
+        pending = rows.count - inputs.shape[1]
+        x = self.heads[index](self._embedding[rows.tokens[:, pending:]], inputs)
+        return self._stacks[index].run(x, rows.visible[:, pending:], first_slot, pending)
 
     def _run_remaining(
-        self, outputs: list[Tensor], rows: _Rows, features: Tensor, carry: Tensor, slots: slice
+        self, outputs: list[Tensor], rows: _Rows, features: Tensor, carry: Tensor, first_slot: int = 0
     ) -> list[Tensor]:
         """Run the heads that have not run yet, so that the caches of all heads stay level."""
         while len(outputs) < len(self.heads):
-            outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), slots))
+            outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), first_slot))
         return outputs
 
     def _settle(self, states: list[_Slot], rows: _Rows, outputs: list[Tensor], first_slot: int) -> None:
         """Keep the committed rows in the caches, and carry over the outputs at the last of them."""
         for offset, state in enumerate(states):
             count = rows.committed[offset]
-            self._cache.keep(first_slot + offset, torch.arange(count, device=self.device))
+            for stack in self._stacks:
+                stack.keep(first_slot + offset, list(range(count)))
             if len(outputs) > 1:
                 state.carry = torch.stack([output[offset, count - 1] for output in outputs[:-1]])
             state.tokens, state.features = [], state.features[:0]

@@ -61,12 +61,13 @@ class LLM:
             (plain decoding), the name of a method without training, a checkpoint directory, or a drafter.
         rule: `coupled` or `rejection`.
         tree: `comb:K`, `best:N`, `chain:D`, or `auto` for what the drafter recommends.
-        dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
-        runtime: `auto`, `llama` or `hf`.
+        runtime: `auto`, `native`, `torch` or `hf`.
         context_length: most tokens of a sequence; None takes the model's own limit.
         max_batch: most sequences to decode at once.
-        threads: CPU threads for the whole process; None leaves them as they are.
+        threads: CPU threads for the whole process; None leaves them as they are. On the native runtime they are
+            its own, and torch, which has little left to do, keeps one, for two pools would fight for the cores.
 
     Raises:
         ValueError: an argument is outside its range; the message says what is allowed.
@@ -89,7 +90,6 @@ class LLM:
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads is {threads}; it must be at least 1")
-            torch.set_num_threads(threads)
         if tree != "auto":
             TreePlan.parse(tree)
         self.tokenizer: Any = None
@@ -98,6 +98,7 @@ class LLM:
             self.tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
             target = load_target(target, runtime=runtime, dtype=dtype, device=device, context_length=context_length)
         self.target = target
+        share_threads(threads, target)
         self.rule = rule
         self.max_batch = max_batch
         self.use(drafter, tree)
@@ -246,6 +247,19 @@ class LLM:
             params = replace(params, seed=secrets.randbits(63))
         decode = self.decode if self.tokenizer is not None else None
         return Sequence(ids, params, decode, spec.eos_token_ids, spec.context_length)
+
+
+def share_threads(threads: int | None, target: Target) -> None:
+    """Give the threads to what computes: the native runtime, or torch."""
+    if target.runtime != "native":
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return
+    from s4c.models.native import library
+
+    if threads is not None:
+        library.set_threads(threads)
+    torch.set_num_threads(1)
 
 
 def choose_drafter(name: str | Path, target: Target) -> Drafter:

@@ -43,6 +43,8 @@ class Target(ABC):
     spec: TargetSpec
     device: torch.device
     dtype: torch.dtype
+    runtime: str
+    """What computes it: `native` (its drafters then run on the C++ kernels too), `torch` or `hf`."""
 
     @abstractmethod
     def reserve(self, slots: int, length: int) -> None:

@@ -49,11 +49,12 @@ class KVCache:
         self.reserve(slots.stop, max(self.lengths[slots]) + pending + count)
         return CacheView(self, slots, count, pending)
 
-    def keep(self, slot: int, rows: Tensor) -> None:
-        """Commit appended rows of a slot: [R] int64, ascending, counted from the first appended one."""
-        start, count = self.lengths[slot], rows.shape[0]
-        if int(rows[-1]) != count - 1:
-            self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, start + rows]
+    def keep(self, slot: int, rows: list[int]) -> None:
+        """Commit appended rows of a slot: ascending, counted from the first appended one."""
+        start, count = self.lengths[slot], len(rows)
+        if rows[-1] != count - 1:
+            index = torch.tensor(rows, device=self.device) + start
+            self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, index]
         self.lengths[slot] += count
 
     def move(self, source: int, destination: int) -> None:

@@ -66,6 +66,8 @@ class HFTarget(Target):
         UnsupportedModel: the model cannot verify a tree.
     """
 
+    runtime = "hf"
+
     def __init__(self, model: Any, spec: TargetSpec) -> None:
         self._model = model.eval().requires_grad_(False)
         self._head: nn.Module = _head_of(model, spec.name)

@@ -1,7 +1,7 @@
 """The pieces of a Llama-family decoder, shared by the fast target and by drafters that learn such layers.
 
-One code serves training and inference. `Linear.pack` turns the weights, once, into the layout that oneDNN
-multiplies fastest: a pass over a few rows then costs little more than reading the weights.
+One code serves training and inference. `Linear.pack` turns the weights, once, into the layout that is
+multiplied fastest: a pass over a few rows then costs little more than reading the weights.
 
 The residual stream, norms, softmax and rotary angles are float32 whatever the weights are; only the weights
 and the inputs of matrix products are of the model's dtype.
@@ -10,6 +10,7 @@ and the inputs of matrix products are of the model's dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,35 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
+class Product(Protocol):
+    """A packed weight."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., outputs] of [..., inputs]."""
+
+    def dense(self) -> Tensor:
+        """[outputs, inputs], the weight."""
+
+
+class OneDNNProduct:
+    """A weight packed for oneDNN, whose results depend on the number of rows in their last bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._dtype = weight.dtype
+        # The second argument is the number of rows to optimise for: the size of a tree.
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self._dtype), self._weight, self._bias, "none", [], ""
+        )
+        return product
+
+    def dense(self) -> Tensor:
+        return self._weight.to_dense()
+
+
 class Linear(nn.Module):
     """y = x W^T + b, the input cast to the dtype of W; `pack` makes it fast and final."""
 
@@ -34,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self._packed: Tensor | None = None
+        self._packed: Product | None = None
 
     @classmethod
     def of(cls, weight: Tensor) -> Linear:
@@ -46,24 +76,32 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight, packed or not."""
-        return self.weight.detach() if self._packed is None else self._packed.to_dense()
+        return self.weight.detach() if self._packed is None else self._packed.dense()
 
-    def pack(self, dtype: torch.dtype | None = None) -> None:
-        """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved."""
+    def pack(self, dtype: torch.dtype, native: bool = False) -> None:
+        """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved.
+
+        Args:
+            dtype: of the weight and of the inputs of the product.
+            native: whether the kernels of our own multiply.
+        """
         self.requires_grad_(False)
-        self.to(dtype or self.weight.dtype)
-        if packs(self.weight.dtype, self.weight.device):
-            self._dtype = self.weight.dtype
-            # The second argument is the number of rows to optimise for: the size of a small tree.
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
-            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        if native:
+            from s4c.models.native.linear import NativeLinear
+
+            self._packed = NativeLinear(self.weight, self.bias, dtype)
+        else:
+            self.to(dtype)
+            if not packs(dtype, self.weight.device):
+                return
+            self._packed = OneDNNProduct(self.weight.detach(), self.bias)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed is None:
             x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
             return F.linear(x, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._packed, self.bias, "none", [], "")
-        return product
+        return self._packed(x)
 
 
 class RMSNorm(nn.Module):
@@ -214,8 +252,8 @@ class DecoderLayer(nn.Module):
         return mixed
 
 
-def pack(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+def pack(module: nn.Module, dtype: torch.dtype, native: bool = False) -> None:
     """Cast every linear layer of a module to a dtype and pack it; norms stay in float32."""
     for part in module.modules():
         if isinstance(part, Linear):
-            part.pack(dtype)
+            part.pack(dtype, native)

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
-from s4c.models.cache import CacheView, KVCache
-from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
+from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
+from s4c.models.stack import Rope, make_stack
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify import tree as trees
 
@@ -78,8 +78,9 @@ class LlamaTarget(Target):
         config: the transformers configuration.
         tensors: the weights under their Hugging Face names, in any order; read once.
         spec: what the other rooms may know.
-        dtype: of the weights and of the inputs of matrix products.
+        dtype: of the weights and of the inputs of matrix products; int8 on the native kernels alone.
         device: where the model runs.
+        native: whether the C++ kernels run it; else torch does.
 
     Raises:
         UnsupportedModel: this runtime would compute the model wrongly.
@@ -93,57 +94,55 @@ class LlamaTarget(Target):
         spec: TargetSpec,
         dtype: torch.dtype,
         device: torch.device,
+        native: bool = False,
     ) -> None:
         reason = unsupported(config)
         if reason is not None:
-            raise UnsupportedModel(f"the llama runtime cannot run {spec.name}: {reason}; use runtime 'hf'")
+            raise UnsupportedModel(f"the fast runtimes cannot run {spec.name}: {reason}; use runtime 'hf'")
         self.spec = spec
         self.dtype = dtype
         self.device = device
+        self.runtime = "native" if native else "torch"
         self.shape = layer_shape(config)
-        frequencies, self._rope_scaling = inverse_frequencies(config)
-        self._frequencies = frequencies.to(device)
-        with torch.device("meta"):
-            self.layers = nn.ModuleList(DecoderLayer(self.shape) for _ in range(config.num_hidden_layers))
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        loaded = torch.bfloat16 if dtype == torch.int8 else dtype
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device).requires_grad_(False)
+        self._final_norm = norm.weight
+        self._stack = make_stack(
+            config.num_hidden_layers, self.shape, Rope(*inverse_frequencies(config)), dtype, device, native, norm
+        )
+        self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=loaded, device=device)
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
-        self._load(tensors)
-        self._cache = KVCache(len(self.layers), self.shape.kv_heads, self.shape.head_dim, dtype, device)
+        self._load(tensors, config.num_hidden_layers, loaded)
 
     def reserve(self, slots: int, length: int) -> None:
-        self._cache.reserve(slots, length)
+        self._stack.reserve(slots, length)
 
     def length(self, slot: int) -> int:
-        return self._cache.lengths[slot]
+        return self._stack.lengths[slot]
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor) -> Tensor:
-        self._cache.lengths[slot] = 0
+        self._stack.reserve(slot + 1, tokens.shape[0])
+        self._stack.lengths[slot] = 0
         features = [torch.empty(0, self.spec.hidden_size, device=self.device)]
-        for chunk in tokens.to(self.device)[None].split(PREFILL_CHUNK, dim=1) if tokens.shape[0] else ():
-            count = chunk.shape[1]
-            view = self._cache.view(slice(slot, slot + 1), count)
-            offsets = torch.arange(count, device=self.device)[None]
+        for chunk in tokens.to(self.device).split(PREFILL_CHUNK) if tokens.shape[0] else ():
+            count = chunk.shape[0]
             causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
-            features.append(self._forward(chunk, offsets, causal, view)[0])
-            self._cache.lengths[slot] += count
+            features.append(self._stack.run(self._embedding[chunk].float()[None], causal, slot)[0])
+            self._stack.keep(slot, list(range(count)))
         return torch.cat(features)
 
     @torch.no_grad()
     def verify(self, tree: DraftTree) -> TargetOutput:
-        batch, count = tree.tokens.shape
-        ancestors = trees.ancestors(tree.parents)
-        view = self._cache.view(slice(0, batch), count)
-        features = self._forward(tree.tokens, ancestors.sum(-1) - 1, ancestors, view)
+        features = self._stack.run(self._embedding[tree.tokens].float(), trees.ancestors(tree.parents))
         return TargetOutput(logits=self.head(features).float(), features=features)
 
     def commit(self, verdict: Verdict) -> None:
-        for slot, (path, accepted) in enumerate(zip(verdict.path, verdict.accepted.tolist(), strict=True)):
-            self._cache.keep(slot, path[: accepted + 1])
+        for slot, (path, accepted) in enumerate(zip(verdict.path.tolist(), verdict.accepted.tolist(), strict=True)):
+            self._stack.keep(slot, path[: accepted + 1])
 
     def move(self, source: int, destination: int) -> None:
-        self._cache.move(source, destination)
+        self._stack.move(source, destination)
 
     def embedding_weight(self) -> Tensor:
         return self._embedding
@@ -153,32 +152,16 @@ class LlamaTarget(Target):
         return weight if rows is None else weight[rows]
 
     def final_norm_weight(self) -> Tensor | None:
-        return self.norm.weight
+        return self._final_norm
 
-    def _forward(self, tokens: Tensor, depths: Tensor, visible: Tensor, view: CacheView) -> Tensor:
-        """[B, N, d] features of new tokens at the given depths behind the committed rows."""
-        positions = (view.lengths[:, None] + depths).clamp(max=self.spec.context_length - 1)
-        rotary = Rotary(positions, self._frequencies, self._rope_scaling)
-        mask = grouped_mask(view.mask(visible), self.shape, self.dtype)
-        x = self._embedding[tokens].float()
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, view, index)
-        features: Tensor = self.norm(x)
-        return features
-
-    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, tensors: Iterable[tuple[str, Tensor]], count: int, dtype: torch.dtype) -> None:
         """Put each weight into its place as it is read; a layer is packed once it is whole, so the peak stays low."""
-        self.layers.to_empty(device=self.device)
-        self.norm.to_empty(device=self.device)
-        for parameter in self.layers.parameters():
-            parameter.requires_grad_(False)
-            if parameter.ndim > 1:
-                parameter.data = torch.empty_like(parameter, dtype=self.dtype)
-        layers = [self._layer_places(index) for index in range(len(self.layers))]
-        waiting = [len(places) for places in layers]
-        home = {name: (index, place) for index, places in enumerate(layers) for name, place in places.items()}
+        layers = [self._empty_layer(dtype) for _ in range(count)]
+        places = [self._layer_places(index, layer) for index, layer in enumerate(layers)]
+        waiting = [len(names) for names in places]
+        home = {name: (index, place) for index, names in enumerate(places) for name, place in names.items()}
         home |= {name: (-1, place) for name, place in self._outer_places().items()}
-        layers.clear()
+        places.clear()
         for name, tensor in tensors:
             if name not in home:
                 continue
@@ -193,26 +176,33 @@ class LlamaTarget(Target):
             if index >= 0:
                 waiting[index] -= 1
                 if not waiting[index]:
-                    pack(self.layers[index])
+                    self._stack.place(index, layers[index])
         if home:
             raise CorruptCheckpoint(
                 f"the weights of {self.spec.name} lack {', '.join(sorted(home)[:3])} ({len(home)} in all)"
             )
-        self.head.pack()
+        self.head.pack(self.dtype, self.runtime == "native")
+
+    def _empty_layer(self, dtype: torch.dtype) -> DecoderLayer:
+        with torch.device("meta"):
+            layer = DecoderLayer(self.shape).requires_grad_(False)
+        layer.to_empty(device=self.device)
+        for parameter in layer.parameters():
+            if parameter.ndim > 1:
+                parameter.data = torch.empty_like(parameter, dtype=dtype)
+        return layer
 
     def _outer_places(self) -> dict[str, Tensor]:
         """Where the weights outside the layers go, by their Hugging Face names."""
-        places = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self.norm.weight.data}
+        places = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._final_norm.data}
         if self.head.weight.data_ptr() != self._embedding.data_ptr():
             places["lm_head.weight"] = self.head.weight.data
         return places
 
-    def _layer_places(self, index: int) -> dict[str, Tensor]:
+    def _layer_places(self, index: int, layer: DecoderLayer) -> dict[str, Tensor]:
         """Where the weights of a layer go, by their Hugging Face names: parameters, or rows of fused ones."""
         shape = self.shape
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        layer = self.layers[index]
-        assert isinstance(layer, DecoderLayer)
         attention, mlp = layer.attention, layer.mlp
         places: dict[str, Tensor] = {
             "input_layernorm.weight": layer.attention_norm.weight.data,

@@ -28,8 +28,13 @@ from s4c.models.builtin import BUILTIN, builtin_directory, gguf_directory, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RUNTIMES = ("auto", "llama", "hf")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RUNTIMES = ("auto", "native", "torch", "hf")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 SHORTEST_CONTEXT = 8
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
@@ -106,9 +111,9 @@ def load_target(
 
     Args:
         name: as `resolve` takes it.
-        runtime: `llama` is the fast one, `hf` runs any causal model that takes a tree; `auto` takes the fast
-            one where it can run the model.
-        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU and bfloat16 on a GPU.
+        runtime: `native` runs the Llama family on C++ kernels (CPU; float32, bfloat16, int8), `torch` runs the
+            same models in torch, `hf` any causal model that takes a tree; `auto` takes the first that can.
+        dtype: `float32`, `bfloat16`, `float16` or `int8`; `auto` is float32 on a CPU and bfloat16 on a GPU.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU where there is one.
         context_length: most tokens of one sequence; None for what the model was made for.
 
@@ -131,10 +136,11 @@ def load_target(
         context_length=choose_context(config, context_length),
         eos_token_ids=eos_token_ids(directory),
     )
-    from s4c.models.llama import LlamaTarget, unsupported
+    chosen, _ = choose_runtime(runtime, config, number, place)
+    if chosen != "hf":
+        from s4c.models.llama import LlamaTarget
 
-    if runtime == "llama" or (runtime == "auto" and unsupported(config) is None):
-        return LlamaTarget(config, _with_progress(directory), spec, number, place)
+        return LlamaTarget(config, _with_progress(directory), spec, number, place, chosen == "native")
     from s4c.models.hf import HFTarget
 
     return HFTarget.from_directory(directory, spec, number, place)
@@ -154,6 +160,37 @@ def choose_device(name: str) -> torch.device:
         reason = "there is no CUDA device that torch can use" if name.startswith("cuda") and not count else "not known"
         raise ValueError(f"device {name!r}: {reason}; on this machine it must be one of {', '.join(here)}")
     return torch.device(name)
+
+
+def choose_runtime(wanted: str, config: Any, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The runtime for a model, and why that one.
+
+    Raises:
+        ValueError: the native runtime, or a dtype that only it knows, was asked for and cannot run here.
+    """
+    from s4c.models.llama import unsupported
+    from s4c.models.native import library
+    from s4c.models.native.linear import DTYPES as NATIVE
+
+    other = unsupported(config)
+    if wanted in ("torch", "hf"):
+        problem: str | None = f"runtime {wanted} was asked for"
+    elif other is not None:
+        problem = other
+    elif device.type != "cpu":
+        problem = f"the C++ kernels run on a CPU, not on {device.type}"
+    elif dtype not in NATIVE:
+        problem = f"the C++ kernels know no {str(dtype).removeprefix('torch.')}"
+    else:
+        problem = library.problem()
+    if problem is None:
+        return "native", f"the fastest; C++ kernels for {library.instruction_set()}"
+    if wanted == "native" or dtype == torch.int8:
+        what = "runtime native" if wanted == "native" else "dtype int8"
+        raise ValueError(f"{what} cannot be used here: {problem}; use runtime auto with float32 or bfloat16")
+    if wanted == "auto":
+        return ("hf" if other is not None else "torch"), problem
+    return wanted, problem
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,0 +1,137 @@
+"""The compiled core: where it lies, which instruction set it uses, what it is called with.
+
+S4C_NATIVE=off keeps it out; S4C_NATIVE=avx2 (or any of `instruction_sets`) forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SWITCH = "S4C_NATIVE"
+
+
+class CLinear(Structure):
+    """`Linear` of core.h."""
+
+    _fields_ = [
+        ("kind", c_int32),
+        ("inputs", c_int32),
+        ("padded", c_int32),
+        ("outputs", c_int32),
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("sums", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class CLayer(Structure):
+    """`Layer` of core.h."""
+
+    _fields_ = [
+        ("attention_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", CLinear),
+        ("out", CLinear),
+        ("gate_up", CLinear),
+        ("down", CLinear),
+    ]
+
+
+class CStack(Structure):
+    """`Stack` of core.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "layers")),
+        ("eps", c_float),
+        ("rope_scale", c_float),
+        ("frequencies", c_void_p),
+        ("final_norm", c_void_p),
+        ("layer", POINTER(CLayer)),
+    ]
+
+
+class CCache(Structure):
+    """`Cache` of core.h."""
+
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int32), ("rows", c_int32), ("half", c_int32)]
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The core, ready to run; or the reason why it is not."""
+    wanted = os.environ.get(SWITCH, "")
+    if wanted == "off":
+        return f"{SWITCH}=off"
+    files = sorted(Path(__file__).parent.glob("_core*.so"))
+    if not files:
+        return "the C++ core is not built (installing the package builds it where there is a C++17 compiler)"
+    try:
+        core = ctypes.CDLL(str(files[0]))
+    except OSError as error:
+        return f"the C++ core cannot be loaded ({error})"
+    core.s4c_variants.argtypes = [c_char_p, c_int]
+    core.s4c_choose.argtypes = [c_char_p]
+    core.s4c_set_threads.argtypes = [c_int]
+    core.s4c_linear.argtypes = [POINTER(CLinear), c_void_p, c_int, c_void_p]
+    core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 2]
+    core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
+    names = _names(core)
+    if wanted and wanted not in names:
+        raise ValueError(f"{SWITCH} is {wanted!r}; on this machine it must be one of {', '.join(names)}, off")
+    core.s4c_choose((wanted or names[0]).encode())
+    core.s4c_set_threads(torch.get_num_threads())
+    return core
+
+
+def _names(core: ctypes.CDLL) -> list[str]:
+    buffer = ctypes.create_string_buffer(256)
+    core.s4c_variants(buffer, len(buffer))
+    return buffer.value.decode().split(",")
+
+
+def core() -> ctypes.CDLL:
+    """The compiled core; only where `problem` is None."""
+    loaded = _load()
+    assert not isinstance(loaded, str), loaded
+    return loaded
+
+
+def problem() -> str | None:
+    """Why the native runtime cannot run here; None where it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine can run, best first."""
+    return _names(core())
+
+
+def instruction_set() -> str:
+    """The one in use."""
+    return os.environ.get(SWITCH) or instruction_sets()[0]
+
+
+def set_threads(threads: int) -> None:
+    """Use that many threads from now on, the calling one included."""
+    core().s4c_set_threads(threads)
+
+
+def threads() -> int:
+    """The threads in use."""
+    return int(core().s4c_threads())
+
+
+def check(status: int) -> None:
+    """Raise what a call of the core reported."""
+    if status:
+        raise MemoryError("the native runtime is out of memory")

@@ -1,0 +1,91 @@
+"""Weights in the layout that the kernels read, and their products.
+
+    [outputs / 16][inputs / P][16][P]      P inputs of a kind side by side: 1 (fp32), 2 (bf16), 4 (int8)
+
+int8 is symmetric, with a scale for each output; inputs are quantised row by row in the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s4c.models.native import library
+from s4c.models.native.library import CLinear
+
+BLOCK = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+@dataclass(frozen=True)
+class _Format:
+    kind: int
+    together: int
+    unit: int
+    """Inputs are padded to a multiple of this, what a tile register takes in."""
+
+
+_FORMATS = {torch.float32: _Format(0, 1, 1), torch.bfloat16: _Format(1, 2, 32), torch.int8: _Format(2, 4, 64)}
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[O, I] int8 and [O] float32: w is about values * scale, row by row."""
+    scale = weight.float().abs().amax(1) / 127
+    values = (weight.float() / scale.clamp(min=1e-30)[:, None]).round()
+    return values.to(torch.int8), scale
+
+
+def _blocks(weight: Tensor, pair: bool) -> Tensor:
+    """Whole blocks of outputs; where gate and up are a pair, their blocks take turns."""
+    if pair:
+        gate, up = (_blocks(half, False).unflatten(0, (-1, BLOCK)) for half in weight.chunk(2))
+        return torch.stack([gate, up], 1).flatten(0, 2)
+    return F.pad(weight, (0,) * (2 * weight.ndim - 1) + (-weight.shape[0] % BLOCK,))
+
+
+class NativeLinear:
+    """y = x W^T + b on packed weights, each row for itself.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs] or None.
+        dtype: float32, bfloat16 or int8.
+        pair: whether the outputs are those of gate and up, which the MLP's kernel combines.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, pair: bool = False) -> None:
+        self.dtype = dtype
+        self.shape = weight.shape
+        self._pair = pair
+        form = _FORMATS[dtype]
+        outputs, inputs = weight.shape
+        padded = -(-inputs // form.unit) * form.unit
+        self._scale = self._sums = None
+        if dtype == torch.int8:
+            weight, scale = quantise(weight)
+            self._scale = _blocks(scale, pair)
+            self._sums = _blocks(weight.sum(1, dtype=torch.int32), pair).contiguous()
+        self._bias = None if bias is None else _blocks(bias.detach().float(), pair).contiguous()
+        rows = F.pad(_blocks(weight.detach().to(dtype), pair), (0, padded - inputs))
+        self._packed = rows.view(-1, BLOCK, padded // form.together, form.together).transpose(1, 2).contiguous()
+        pointers = (self._packed, self._scale, self._sums, self._bias)
+        self.c = CLinear(form.kind, inputs, padded, outputs, *(None if t is None else t.data_ptr() for t in pointers))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., outputs] float32 of [..., inputs]."""
+        x = x.detach().float().contiguous()
+        out = torch.empty(*x.shape[:-1], self.shape[0])
+        rows = x.numel() // self.shape[1]
+        if rows:
+            library.check(library.core().s4c_linear(ctypes.byref(self.c), x.data_ptr(), rows, out.data_ptr()))
+        return out
+
+    def dense(self) -> Tensor:
+        """[outputs, inputs], the weight that the products are of, in float32 for int8."""
+        assert not self._pair
+        rows = self._packed.transpose(1, 2).flatten(2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
+        return rows if self._scale is None else rows * self._scale[: self.shape[0], None]

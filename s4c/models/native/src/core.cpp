@@ -1,0 +1,318 @@
+// The plain C interface: threads, the choice of the instruction set, working memory.
+#include "core.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+constexpr int SPINS = 4000;  // before a waiting thread lets others run
+
+// Threads that share a job. The caller is thread 0; the others sleep between jobs.
+class Pool {
+   public:
+    ~Pool() { resize(1); }
+
+    int size() const { return static_cast<int>(threads_.size()) + 1; }
+
+    void resize(int threads) {
+        if (threads == size()) return;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stopping_ = true;
+            generation_++;
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+        threads_.clear();
+        stopping_ = false;
+        for (int t = 1; t < threads; t++) threads_.emplace_back([this, t, seen = generation_.load()] { serve(t, seen); });
+    }
+
+    void run(const std::function<void(Team)>& job) {
+        job_ = &job;
+        arrived_ = 0;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            generation_++;
+        }
+        if (size() > 1) wake_.notify_all();
+        job({0, size(), this, &Pool::wait});
+        wait(this, 0);
+    }
+
+   private:
+    static void wait(void* self, int) {
+        auto& pool = *static_cast<Pool*>(self);
+        unsigned phase = pool.phase_.load(std::memory_order_acquire);
+        if (pool.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool.size()) {
+            pool.arrived_.store(0, std::memory_order_relaxed);
+            pool.phase_.fetch_add(1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; spins++)
+            spins < SPINS ? relax() : std::this_thread::yield();
+    }
+
+    void serve(int thread, unsigned seen) {
+        for (;;) {
+            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) relax();
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_ != seen; });
+                seen = generation_;
+                if (stopping_) return;
+            }
+            (*job_)({thread, size(), this, &Pool::wait});
+            wait(this, thread);
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<unsigned> generation_{0}, phase_{0};
+    std::atomic<int> arrived_{0};
+    bool stopping_ = false;
+    const std::function<void(Team)>* job_ = nullptr;
+};
+
+struct Variant {
+    const char* name;
+    const Kernels* (*kernels)();
+    bool (*runs)();
+};
+
+#if defined(__x86_64__)
+bool amx_runs() {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    bool tiles = (d >> 24 & 1) && (d >> 22 & 1) && (d >> 25 & 1);
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return tiles && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+bool avx512_runs() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+bool avx512bf16_runs() {
+    return avx512_runs() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+bool avx2_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+const Variant VARIANTS[] = {
+#if defined(__x86_64__)
+    {"amx", kernels_amx, amx_runs},
+    {"avx512bf16", kernels_avx512bf16, avx512bf16_runs},
+    {"avx512", kernels_avx512, avx512_runs},
+    {"avx2", kernels_avx2, avx2_runs},
+#endif
+    {"portable", kernels_portable, [] { return true; }},
+};
+
+// Memory that grows and stays, at cache lines.
+class Buffer {
+   public:
+    ~Buffer() { std::free(data_); }
+
+    template <class T>
+    T* get(size_t count) {
+        size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = std::aligned_alloc(64, bytes);
+            if (!data_) throw std::bad_alloc();
+            std::memset(data_, 0, bytes);
+            size_ = bytes;
+        }
+        return static_cast<T*>(data_);
+    }
+
+   private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Core {
+    std::mutex mutex;  // one pass at a time
+    Pool pool;
+    const Variant* variant = nullptr;
+    Buffer x, wide, inputs, scales, context, angles, scores;
+    std::vector<int32_t> slot, prefix, path_start, path;
+};
+
+Core& core() {
+    static Core* the = new Core;  // never destroyed: threads may outlive static objects
+    return *the;
+}
+
+size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+size_t input_bytes(const Linear& linear) {
+    size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
+    return static_cast<size_t>(linear.padded) * width;
+}
+
+// The visible rows of each new row, as a prefix and a path of cache rows; a path that goes on where the prefix
+// ends becomes part of it.
+void read_rows(Core& c, int batch, int count, int pending, int first_slot, const int32_t* lengths, const uint8_t* visible) {
+    c.slot.clear(), c.prefix.clear(), c.path_start.assign(1, 0), c.path.clear();
+    int columns = pending + count;
+    for (int b = 0; b < batch; b++)
+        for (int r = 0; r < count; r++) {
+            const uint8_t* sees = visible + (static_cast<size_t>(b) * static_cast<size_t>(count) + static_cast<size_t>(r)) * static_cast<size_t>(columns);
+            int own = pending + r, first = 0;
+            while (first < own && sees[first]) first++;
+            c.slot.push_back(first_slot + b);
+            c.prefix.push_back(lengths[b] + first);
+            for (int i = first; i < own; i++)
+                if (sees[i]) c.path.push_back(lengths[b] + i);
+            c.path.push_back(lengths[b] + own);
+            c.path_start.push_back(static_cast<int32_t>(c.path.size()));
+        }
+}
+
+template <class Cell>
+void keep_rows(const Cache& cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
+    size_t size = static_cast<size_t>(head_dim), wide = round_up(size, 16), all = static_cast<size_t>(cache.rows);
+    for (int layer = 0; layer < layers; layer++)
+        for (int head = 0; head < heads; head++) {
+            size_t at = (static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot)) *
+                            static_cast<size_t>(heads) + static_cast<size_t>(head);
+            Cell* keys = static_cast<Cell*>(cache.keys) + at * all * size;
+            Cell* values = static_cast<Cell*>(cache.values) + at * all * wide;
+            for (int i = 0; i < count; i++) {
+                size_t from = static_cast<size_t>(start + rows[i]), to = static_cast<size_t>(start + i);
+                if (from == to) continue;
+                for (size_t k = 0; k < size; k++)
+                    keys[(to / 16 * size + k) * 16 + to % 16] = keys[(from / 16 * size + k) * 16 + from % 16];
+                std::memcpy(values + to * wide, values + from * wide, wide * sizeof(Cell));
+            }
+        }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The instruction sets that run here, best first, with commas; into a buffer of `size` bytes.
+void s4c_variants(char* out, int size) {
+    std::string names;
+    for (const auto& variant : VARIANTS)
+        if (variant.runs()) names += (names.empty() ? "" : ",") + std::string(variant.name);
+    std::strncpy(out, names.c_str(), static_cast<size_t>(size) - 1);
+    out[size - 1] = 0;
+}
+
+// 0, or -1 where that instruction set is not known or does not run here.
+int s4c_choose(const char* name) {
+    std::lock_guard<std::mutex> lock(core().mutex);
+    for (const auto& variant : VARIANTS)
+        if (std::strcmp(name, variant.name) == 0 && variant.runs()) {
+            core().variant = &variant;
+            return 0;
+        }
+    return -1;
+}
+
+void s4c_set_threads(int threads) {
+    std::lock_guard<std::mutex> lock(core().mutex);
+    core().pool.resize(threads);
+}
+
+int s4c_threads() {
+    std::lock_guard<std::mutex> lock(core().mutex);
+    return core().pool.size();
+}
+
+// x [batch * count, hidden] through the layers of a stack, appended to slots first_slot ... of the cache behind
+// `pending` uncommitted rows. visible [batch, count, pending + count] bytes. 0, or -1 where memory ran out.
+int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
+             int first_slot, const int32_t* lengths, const uint8_t* visible) {
+    Core& c = core();
+    std::lock_guard<std::mutex> lock(c.mutex);
+    try {
+        read_rows(c, batch, count, pending, first_slot, lengths, visible);
+        size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
+        size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
+        size_t widest = qkv;
+        for (size_t size : {hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
+        size_t input = 0;
+        const Layer& first = *stack->layer;
+        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) input = std::max(input, input_bytes(*linear));
+        Scratch s;
+        s.wide_stride = round_up(widest, 16) + 16;
+        s.input_stride = round_up(input, 64) + 64;
+        s.score_stride = round_up(static_cast<size_t>(cache->rows), 16) + 64;
+        s.x = c.x.get<float>(n * hidden);
+        s.wide = c.wide.get<float>(n * s.wide_stride);
+        s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
+        s.scales = c.scales.get<float>(n);
+        s.context = c.context.get<float>(n * s.wide_stride);
+        s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
+        s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * 4 * s.score_stride);
+        std::memcpy(s.x, x, n * hidden * sizeof(float));
+        Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
+        auto kernel = c.variant->kernels()->pass;
+        c.pool.run([&](Team team) { kernel(*stack, *cache, rows, s, out, team); });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+// out [count, outputs] = x [count, inputs] W^T + b.
+int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
+    Core& c = core();
+    std::lock_guard<std::mutex> lock(c.mutex);
+    try {
+        size_t n = static_cast<size_t>(count);
+        Scratch s{};
+        s.input_stride = round_up(input_bytes(*linear), 64) + 64;
+        s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
+        s.scales = c.scales.get<float>(n);
+        auto kernel = c.variant->kernels()->linear;
+        c.pool.run([&](Team team) { kernel(*linear, x, count, s, out, team); });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+// Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
+void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
+    std::lock_guard<std::mutex> lock(core().mutex);
+    if (cache->half) keep_rows<uint16_t>(*cache, layers, heads, head_dim, slot, start, rows, count);
+    else keep_rows<float>(*cache, layers, heads, head_dim, slot, start, rows, count);
+}
+
+}  // extern "C"

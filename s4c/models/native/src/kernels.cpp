@@ -1,0 +1,639 @@
+// A pass through decoder layers, compiled once for each instruction set (S4C_VARIANT names it).
+//
+// Batch invariance: what a row gets depends on its own numbers alone. Every output of a product is one sum over
+// the inputs in order; norms sum in sixteen fixed lanes; attention reduces over the logical positions of the row
+// (its prefix, then its path), wherever in the cache they lie. Threads and tiles split outputs and rows, never a
+// sum, so neither the number of rows, their neighbours, the chunk nor the threads can change a bit.
+#include "core.h"
+#include "simd.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+namespace {
+
+constexpr int BLOCK = 16;  // outputs that stand side by side
+constexpr int GROUP = 4;   // blocks that a thread multiplies at once
+#if defined(S4C_AMX)
+constexpr int TILE_ROWS = 16;
+#elif defined(__AVX512F__)
+constexpr int TILE_ROWS = 6;
+#else
+constexpr int TILE_ROWS = 2;
+#endif
+
+struct Span {
+    int begin, end;
+};
+
+inline Span share(int count, const Team& team) {
+    auto part = [&](int t) { return static_cast<int>(static_cast<int64_t>(count) * t / team.threads); };
+    return {part(team.thread), part(team.thread + 1)};
+}
+
+inline void wait(const Team& team) {
+    if (team.threads > 1) team.wait(team.pool, team.thread);
+}
+
+inline int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
+
+// ---------------------------------------------------------------------------------------------- inputs of products
+
+inline void to_bf16_row(const float* x, int size, int full, uint16_t* out) {
+    int i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + LANES <= size; i += LANES)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(load(x + i)));
+#endif
+    for (; i < size; i++) out[i] = to_bf16(x[i]);
+    for (; i < full; i++) out[i] = 0;
+}
+
+// Symmetric int8 with a scale of the row's own.
+inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
+    vf most = zero();
+    float buffer[LANES];
+    auto part = [&](int i) {
+        if (i + LANES <= size) return load(x + i);
+        std::memset(buffer, 0, sizeof(buffer));
+        std::memcpy(buffer, x + i, sizeof(float) * static_cast<size_t>(size - i));
+        return load(buffer);
+    };
+    for (int i = 0; i < size; i += LANES) most = maximum(most, absolute(part(i)));
+    float top = max_lanes(most);
+    float inverse = top > 0 ? 127.0f / top : 0.0f;
+    for (int i = 0; i < full; i += LANES) {
+        store(buffer, i < size ? nearest(mul(part(i), set1(inverse))) : zero());
+        for (int j = 0; j < LANES && i + j < full; j++) out[i + j] = static_cast<int8_t>(buffer[j]);
+    }
+    return top / 127.0f;
+}
+
+// Turns fp32 rows into what the product reads.
+void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
+    char* out = static_cast<char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
+    if (linear.kind == FLOAT32) {
+        if (reinterpret_cast<const float*>(out) != x) std::memcpy(out, x, sizeof(float) * static_cast<size_t>(linear.inputs));
+    } else if (linear.kind == BFLOAT16) {
+        to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<uint16_t*>(out));
+    } else {
+        s.scales[row] = to_int8_row(x, linear.inputs, linear.padded, reinterpret_cast<int8_t*>(out));
+    }
+}
+
+void prepare(const Linear& linear, const float* x, size_t stride, int count, Scratch& s, const Team& team) {
+    Span rows = share(count, team);
+    for (int r = rows.begin; r < rows.end; r++) prepare_row(linear, x + stride * static_cast<size_t>(r), r, s);
+    wait(team);
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+// R rows times B blocks: the sums, [R][GROUP * BLOCK]. `ahead` is fetched into the cache on the way.
+template <int R, int B>
+inline void tile_fp32(const float* w, size_t block, int inputs, const char* x, size_t stride, float* out,
+                      const char* ahead, size_t ahead_step) {
+    vf sums[R][B];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) sums[r][b] = zero();
+    for (int k = 0; k < inputs; k++) {
+        vf weights[B];
+        for (int b = 0; b < B; b++) weights[b] = load(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+        for (int r = 0; r < R; r++) {
+            vf value = set1(reinterpret_cast<const float*>(x + stride * static_cast<size_t>(r))[k]);
+            for (int b = 0; b < B; b++) sums[r][b] = fma(weights[b], value, sums[r][b]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) store(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
+}
+
+#if !defined(S4C_AMX)
+
+template <int R, int B>
+inline void tile_bf16(const uint16_t* w, size_t block, int padded_inputs, const char* x, size_t stride, float* out) {
+    vf sums[R][B];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) sums[r][b] = zero();
+    for (int k = 0; k < padded_inputs / 2; k++) {
+        const uint16_t* pairs = w + static_cast<size_t>(k) * 2 * BLOCK;
+#if defined(__AVX512BF16__)
+        __m512bh weights[B];
+        for (int b = 0; b < B; b++) weights[b] = (__m512bh)_mm512_loadu_si512(pairs + block * static_cast<size_t>(b));
+        for (int r = 0; r < R; r++) {
+            int32_t value = reinterpret_cast<const int32_t*>(x + stride * static_cast<size_t>(r))[k];
+            __m512bh values = (__m512bh)_mm512_set1_epi32(value);
+            for (int b = 0; b < B; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], values);
+        }
+#else
+        vf even[B], odd[B];
+        for (int b = 0; b < B; b++) load_bf16_pairs(pairs + block * static_cast<size_t>(b), even[b], odd[b]);
+        for (int r = 0; r < R; r++) {
+            uint32_t both = reinterpret_cast<const uint32_t*>(x + stride * static_cast<size_t>(r))[k];
+            uint32_t bits[2] = {both << 16, both & 0xffff0000u};
+            float value[2];
+            std::memcpy(value, bits, sizeof(value));
+            for (int b = 0; b < B; b++) sums[r][b] = fma(even[b], set1(value[0]), sums[r][b]);
+            for (int b = 0; b < B; b++) sums[r][b] = fma(odd[b], set1(value[1]), sums[r][b]);
+        }
+#endif
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) store(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
+}
+
+// Integer sums are exact, so every instruction set gives the same ones.
+template <int R, int B>
+inline void tile_int8(const int8_t* w, size_t block, int padded_inputs, const char* x, size_t stride,
+                      const int32_t* weight_sums, int32_t* out) {
+#if defined(__AVX512VNNI__)
+    __m512i sums[R][B];
+    for (int b = 0; b < B; b++) {
+        // The inputs go in as x + 128, for the instruction multiplies unsigned by signed bytes.
+        __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(weight_sums + b * BLOCK), 7);
+        for (int r = 0; r < R; r++) sums[r][b] = _mm512_sub_epi32(_mm512_setzero_si512(), shift);
+    }
+    for (int k = 0; k < padded_inputs / 4; k++) {
+        __m512i weights[B];
+        for (int b = 0; b < B; b++)
+            weights[b] = _mm512_loadu_si512(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 4 * BLOCK);
+        for (int r = 0; r < R; r++) {
+            uint32_t value = reinterpret_cast<const uint32_t*>(x + stride * static_cast<size_t>(r))[k] ^ 0x80808080u;
+            __m512i values = _mm512_set1_epi32(static_cast<int>(value));
+            for (int b = 0; b < B; b++) sums[r][b] = _mm512_dpbusd_epi32(sums[r][b], values, weights[b]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) _mm512_storeu_si512(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
+#else
+    (void)weight_sums;
+    for (int r = 0; r < R; r++) {
+        const int8_t* values = reinterpret_cast<const int8_t*>(x + stride * static_cast<size_t>(r));
+        for (int b = 0; b < B; b++) {
+            int32_t sums[BLOCK] = {};
+            const int8_t* weights = w + block * static_cast<size_t>(b);
+            for (int k = 0; k < padded_inputs / 4; k++, weights += 4 * BLOCK)
+                for (int o = 0; o < BLOCK; o++)
+                    for (int j = 0; j < 4; j++) sums[o] += weights[4 * o + j] * values[4 * k + j];
+            std::memcpy(out + r * GROUP * BLOCK + b * BLOCK, sums, sizeof(sums));
+        }
+    }
+#endif
+}
+
+#else
+
+// Sixteen rows by four blocks in tile registers; the inputs are padded to sixteen rows.
+struct __attribute__((packed)) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+template <int B>
+inline void tile_bf16_amx(const uint16_t* w, size_t block, int padded_inputs, const char* x, size_t stride, float* out) {
+    _tile_zero(0);
+    if (B > 1) _tile_zero(1);
+    if (B > 2) _tile_zero(2);
+    if (B > 3) _tile_zero(3);
+    for (int k = 0; k < padded_inputs / 32; k++) {
+        const uint16_t* tile = w + static_cast<size_t>(k) * 512;
+        _tile_loadd(4, x + static_cast<size_t>(k) * 64, static_cast<long>(stride));
+        _tile_loadd(5, tile, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (B > 1) {
+            _tile_loadd(6, tile + block, 64);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (B > 2) {
+            _tile_loadd(5, tile + 2 * block, 64);
+            _tile_dpbf16ps(2, 4, 5);
+        }
+        if (B > 3) {
+            _tile_loadd(6, tile + 3 * block, 64);
+            _tile_dpbf16ps(3, 4, 6);
+        }
+    }
+    constexpr long row = GROUP * BLOCK * sizeof(float);
+    _tile_stored(0, out, row);
+    if (B > 1) _tile_stored(1, out + BLOCK, row);
+    if (B > 2) _tile_stored(2, out + 2 * BLOCK, row);
+    if (B > 3) _tile_stored(3, out + 3 * BLOCK, row);
+}
+
+template <int B>
+inline void tile_int8_amx(const int8_t* w, size_t block, int padded_inputs, const char* x, size_t stride, int32_t* out) {
+    _tile_zero(0);
+    if (B > 1) _tile_zero(1);
+    if (B > 2) _tile_zero(2);
+    if (B > 3) _tile_zero(3);
+    for (int k = 0; k < padded_inputs / 64; k++) {
+        const int8_t* tile = w + static_cast<size_t>(k) * 1024;
+        _tile_loadd(4, x + static_cast<size_t>(k) * 64, static_cast<long>(stride));
+        _tile_loadd(5, tile, 64);
+        _tile_dpbssd(0, 4, 5);
+        if (B > 1) {
+            _tile_loadd(6, tile + block, 64);
+            _tile_dpbssd(1, 4, 6);
+        }
+        if (B > 2) {
+            _tile_loadd(5, tile + 2 * block, 64);
+            _tile_dpbssd(2, 4, 5);
+        }
+        if (B > 3) {
+            _tile_loadd(6, tile + 3 * block, 64);
+            _tile_dpbssd(3, 4, 6);
+        }
+    }
+    constexpr long row = GROUP * BLOCK * sizeof(int32_t);
+    _tile_stored(0, out, row);
+    if (B > 1) _tile_stored(1, out + BLOCK, row);
+    if (B > 2) _tile_stored(2, out + 2 * BLOCK, row);
+    if (B > 3) _tile_stored(3, out + 3 * BLOCK, row);
+}
+
+#endif
+
+enum class Into { SET, ADD, SWIGLU };
+
+inline vf silu(vf x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
+
+// Scale, bias, and where the sums of one row go.
+inline void finish(const Linear& linear, float* sums, int row, int first_block, int blocks, const Scratch& s, Into into,
+                   float* y) {
+    for (int b = 0; b < blocks; b++) {
+        float* at = sums + b * BLOCK;
+        int output = (first_block + b) * BLOCK;
+        vf value = load(at);
+        if (linear.kind == INT8)
+            value = mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + output)));
+        if (linear.bias) value = add(value, load(linear.bias + output));
+        store(at, value);
+    }
+    if (into == Into::SWIGLU) {
+        for (int b = 0; b < blocks; b += 2)
+            store(y + (first_block + b) / 2 * BLOCK, mul(silu(load(sums + b * BLOCK)), load(sums + (b + 1) * BLOCK)));
+        return;
+    }
+    int begin = first_block * BLOCK;
+    int end = (first_block + blocks) * BLOCK < linear.outputs ? (first_block + blocks) * BLOCK : linear.outputs;
+    for (int o = begin; o < end; o++) y[o] = into == Into::ADD ? y[o] + sums[o - begin] : sums[o - begin];
+}
+
+template <int R, int B>
+inline void tile(const Linear& linear, int first_block, int row, const Scratch& s, float* out, const char* ahead,
+                 size_t ahead_step) {
+    const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
+    size_t block = static_cast<size_t>(linear.padded) * BLOCK;
+    size_t offset = block * static_cast<size_t>(first_block);
+    if (linear.kind == FLOAT32) {
+        tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, linear.inputs, x, s.input_stride, out,
+                        ahead, ahead_step);
+        return;
+    }
+    auto* half = static_cast<const uint16_t*>(linear.weight) + offset;
+    auto* byte = static_cast<const int8_t*>(linear.weight) + offset;
+    auto* integers = reinterpret_cast<int32_t*>(out);
+#if defined(S4C_AMX)
+    if (linear.kind == BFLOAT16) tile_bf16_amx<B>(half, block, linear.padded, x, s.input_stride, out);
+    else tile_int8_amx<B>(byte, block, linear.padded, x, s.input_stride, integers);
+#else
+    if (linear.kind == BFLOAT16) tile_bf16<R, B>(half, block, linear.padded, x, s.input_stride, out);
+    else tile_int8<R, B>(byte, block, linear.padded, x, s.input_stride, linear.sums + first_block * BLOCK, integers);
+#endif
+}
+
+template <int B>
+inline void tile_rows(const Linear& linear, int first_block, int row, int rows, const Scratch& s, float* out,
+                      const char* ahead, size_t ahead_step) {
+    switch (rows) {
+        case 1: return tile<1, B>(linear, first_block, row, s, out, ahead, ahead_step);
+        case 2: return tile<2, B>(linear, first_block, row, s, out, ahead, ahead_step);
+#if defined(__AVX512F__)
+        case 3: return tile<3, B>(linear, first_block, row, s, out, ahead, ahead_step);
+        case 4: return tile<4, B>(linear, first_block, row, s, out, ahead, ahead_step);
+        case 5: return tile<5, B>(linear, first_block, row, s, out, ahead, ahead_step);
+        default: return tile<6, B>(linear, first_block, row, s, out, ahead, ahead_step);
+#endif
+    }
+}
+
+inline int tile_height(const Linear& linear) { return linear.kind == FLOAT32 && TILE_ROWS > 6 ? 6 : TILE_ROWS; }
+
+// Rows of prepared inputs times one matrix. A thread takes a run of blocks; all rows pass by each group of blocks
+// while it lies in the cache, and the next group is fetched meanwhile.
+void product(const Linear& linear, int count, const Scratch& s, Into into, float* y, size_t stride, const Team& team) {
+    int blocks = (linear.outputs + BLOCK - 1) / BLOCK;
+    Span mine = share(into == Into::SWIGLU ? blocks / 2 : blocks, team);
+    if (into == Into::SWIGLU) mine = {mine.begin * 2, mine.end * 2};
+    int tiles = (count + tile_height(linear) - 1) / tile_height(linear);
+    size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
+    size_t bytes = static_cast<size_t>(linear.padded) * BLOCK * width;
+    alignas(64) float sums[TILE_ROWS > 6 ? 16 * GROUP * BLOCK : 6 * GROUP * BLOCK];
+    int step = tile_height(linear) == 2 ? 1 : GROUP;
+    for (int block = mine.begin, now; block < mine.end; block += now) {
+        now = mine.end - block < step ? mine.end - block : step;
+        if (now == 3) now = 2;
+        const char* next = static_cast<const char*>(linear.weight) + bytes * static_cast<size_t>(block + now);
+        for (int t = 0, row = 0; t < tiles; t++) {
+            int rows = (count - row + tiles - t - 1) / (tiles - t);
+            if (tile_height(linear) == 16) rows = count - row < 16 ? count - row : 16;
+            // One fetch for each input: this tile's part of the next group.
+            size_t part = bytes * static_cast<size_t>(now) / static_cast<size_t>(tiles);
+            size_t ahead_step = linear.kind == FLOAT32 && tiles > 1 ? part / static_cast<size_t>(linear.inputs) : 0;
+            const char* ahead = block + 2 * now <= mine.end ? next + part * static_cast<size_t>(t) : nullptr;
+            if (!ahead) ahead = next - 64, ahead_step = 0;
+            if (now == 4) tile_rows<4>(linear, block, row, rows, s, sums, ahead, ahead_step);
+            else if (now == 2) tile_rows<2>(linear, block, row, rows, s, sums, ahead, ahead_step);
+            else tile_rows<1>(linear, block, row, rows, s, sums, ahead, ahead_step);
+            for (int r = 0; r < rows; r++)
+                finish(linear, sums + r * GROUP * BLOCK, row + r, block, now, s, into, y + stride * static_cast<size_t>(row + r));
+            row += rows;
+        }
+    }
+    wait(team);
+}
+
+// ------------------------------------------------------------------------------------------- norms, rotary, cache
+
+void norm_row(const float* x, const float* weight, int size, float eps, float* out) {
+    vf squares = zero();
+    int whole = size / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) {
+        vf v = load(x + i);
+        squares = fma(v, v, squares);
+    }
+    float sum = sum_lanes(squares);
+    for (int i = whole; i < size; i++) sum += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
+    for (int i = 0; i < whole; i += LANES) store(out + i, mul(mul(load(x + i), set1(scale)), load(weight + i)));
+    for (int i = whole; i < size; i++) out[i] = x[i] * scale * weight[i];
+}
+
+void norm_rows(const Linear& next, const float* x, const float* weight, int size, float eps, int count, Scratch& s,
+               const Team& team) {
+    Span rows = share(count, team);
+    for (int r = rows.begin; r < rows.end; r++) {
+        float* normed = s.context + s.wide_stride * static_cast<size_t>(r);
+        norm_row(x + static_cast<size_t>(size) * static_cast<size_t>(r), weight, size, eps, normed);
+        prepare_row(next, normed, r, s);
+    }
+    wait(team);
+}
+
+inline void rotate(float* head, const float* angles, int head_dim) {
+    int half = head_dim / 2;
+    const float *cosine = angles, *sine = angles + half;
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = head[i + half];
+        head[i] = a * cosine[i] - b * sine[i];
+        head[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+template <class Cell>
+struct CacheRows {
+    Cell* keys;    // of one slot and head: [rows / 16][head_dim][16]
+    Cell* values;  // [rows][padded head_dim]
+};
+
+template <class Cell>
+inline CacheRows<Cell> cache_rows(const Stack& stack, const Cache& cache, int layer, int slot, int head) {
+    size_t at = (static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot)) *
+                    static_cast<size_t>(stack.kv_heads) + static_cast<size_t>(head);
+    size_t rows = static_cast<size_t>(cache.rows);
+    return {static_cast<Cell*>(cache.keys) + at * rows * static_cast<size_t>(stack.head_dim),
+            static_cast<Cell*>(cache.values) + at * rows * static_cast<size_t>(padded(stack.head_dim))};
+}
+
+inline void put(float* cell, float x) { *cell = x; }
+inline void put(uint16_t* cell, float x) { *cell = to_bf16(x); }
+inline vf get(const float* cell) { return load(cell); }
+inline vf get(const uint16_t* cell) { return load_bf16(cell); }
+
+// Norms and rotation of one row's heads; its keys and values go into the cache.
+template <class Cell>
+void place_row(const Stack& stack, const Layer& layer, int index, const Cache& cache, const Rows& rows, int r, Scratch& s) {
+    int size = stack.head_dim;
+    float* line = s.wide + s.wide_stride * static_cast<size_t>(r);
+    const float* angles = s.angles + static_cast<size_t>(size) * static_cast<size_t>(r);
+    for (int h = 0; h < stack.heads + stack.kv_heads; h++) {
+        float* head = line + h * size;
+        const float* weight = h < stack.heads ? layer.query_norm : layer.key_norm;
+        if (weight) norm_row(head, weight, size, stack.eps, head);
+        rotate(head, angles, size);
+    }
+    int row = rows.path[rows.path_start[r + 1] - 1];
+    for (int h = 0; h < stack.kv_heads; h++) {
+        auto at = cache_rows<Cell>(stack, cache, index, rows.slot[r], h);
+        const float* key = line + (stack.heads + h) * size;
+        const float* value = line + (stack.heads + stack.kv_heads + h) * size;
+        Cell* keys = at.keys + static_cast<size_t>(row / LANES) * static_cast<size_t>(size) * LANES + row % LANES;
+        Cell* values = at.values + static_cast<size_t>(row) * static_cast<size_t>(padded(size));
+        for (int i = 0; i < size; i++) put(keys + i * LANES, key[i]);
+        for (int i = 0; i < padded(size); i++) put(values + i, i < size ? value[i] : 0.0f);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ attention
+
+constexpr int QUERIES = 4;  // heads of one key head that are read together
+constexpr int KEY_BLOCKS = 4;
+
+// Scores of Q heads against KEYS blocks of sixteen cache rows.
+template <int Q, int KEYS, class Cell>
+inline void score_blocks(const float* query, const Cell* keys, int size, float scale, float* scores, size_t stride) {
+    vf sums[Q][KEYS];
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
+    for (int i = 0; i < size; i++) {
+        vf key[KEYS];
+        for (int b = 0; b < KEYS; b++) key[b] = get(keys + (static_cast<size_t>(b) * static_cast<size_t>(size) + static_cast<size_t>(i)) * LANES);
+        for (int q = 0; q < Q; q++) {
+            vf value = set1(query[q * size + i]);
+            for (int b = 0; b < KEYS; b++) sums[q][b] = fma(key[b], value, sums[q][b]);
+        }
+    }
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < KEYS; b++) store(scores + stride * static_cast<size_t>(q) + b * LANES, mul(sums[q][b], set1(scale)));
+}
+
+// Softmax over logical positions, in lanes of position % 16; gives one over the sum.
+inline float soften(float* scores, int count) {
+    for (int i = count; i < padded(count); i++) scores[i] = scores[count - 1];
+    vf most = load(scores);
+    for (int i = LANES; i < count; i += LANES) most = maximum(most, load(scores + i));
+    vf top = set1(max_lanes(most));
+    vf sums = zero();
+    for (int i = 0; i < count; i += LANES) {
+        vf p = exponential(sub(load(scores + i), top));
+        store(scores + i, p);
+        if (i + LANES > count) {
+            for (int j = count; j < i + LANES; j++) scores[j] = 0.0f;
+            p = load(scores + i);
+        }
+        sums = add(sums, p);
+    }
+    return 1.0f / sum_lanes(sums);
+}
+
+// Weighted sums of Q heads over V vectors of the values, in the order of the logical positions.
+template <int Q, int V, class Cell>
+inline void mix_values(const float* weights, size_t stride, const Cell* values, size_t width, int prefix, const int32_t* path,
+                       int length, const float* inverse, float* out, int head_dim, int valid) {
+    vf sums[Q][V];
+    for (int q = 0; q < Q; q++)
+        for (int v = 0; v < V; v++) sums[q][v] = zero();
+    auto take = [&](int position, size_t row) {
+        vf value[V];
+        for (int v = 0; v < V; v++) value[v] = get(values + row * width + v * LANES);
+        for (int q = 0; q < Q; q++) {
+            vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(position)]);
+            for (int v = 0; v < V; v++) sums[q][v] = fma(weight, value[v], sums[q][v]);
+        }
+    };
+    for (int position = 0; position < prefix; position++) take(position, static_cast<size_t>(position));
+    for (int i = 0; i < length; i++) take(prefix + i, static_cast<size_t>(path[i]));
+    float lanes[V * LANES];
+    for (int q = 0; q < Q; q++) {
+        for (int v = 0; v < V; v++) store(lanes + v * LANES, mul(sums[q][v], set1(inverse[q])));
+        std::memcpy(out + q * head_dim, lanes, sizeof(float) * static_cast<size_t>(valid));
+    }
+}
+
+template <int Q, class Cell>
+void attend(const Stack& stack, const CacheRows<Cell>& at, const float* query, int prefix, const int32_t* path, int length,
+            float* scores, size_t stride, float* out) {
+    int size = stack.head_dim;
+    float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    int blocks = path[length - 1] / LANES + 1;
+    size_t block = static_cast<size_t>(size) * LANES;
+    int b = 0;
+    for (; b + KEY_BLOCKS <= blocks; b += KEY_BLOCKS)
+        score_blocks<Q, KEY_BLOCKS>(query, at.keys + block * static_cast<size_t>(b), size, scale, scores + b * LANES, stride);
+    for (; b < blocks; b++) score_blocks<Q, 1>(query, at.keys + block * static_cast<size_t>(b), size, scale, scores + b * LANES, stride);
+    float inverse[Q];
+    for (int q = 0; q < Q; q++) {
+        float* line = scores + stride * static_cast<size_t>(q);
+        for (int i = 0; i < length; i++) line[prefix + i] = line[path[i]];  // path[i] >= prefix + i, and ascends
+        inverse[q] = soften(line, prefix + length);
+    }
+    size_t width = static_cast<size_t>(padded(size));
+    for (int i = 0; i < size; i += 4 * LANES) {
+        int valid = size - i < 4 * LANES ? size - i : 4 * LANES;
+        const Cell* values = at.values + i;
+        switch ((valid + LANES - 1) / LANES) {
+            case 1: mix_values<Q, 1>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
+            case 2: mix_values<Q, 2>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
+            case 3: mix_values<Q, 3>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
+            default: mix_values<Q, 4>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid);
+        }
+    }
+}
+
+// Attention of all rows; a unit of work is a few heads of one row that share a key head.
+template <class Cell>
+void attention(const Stack& stack, int layer, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
+    int group = stack.heads / stack.kv_heads;
+    int parts = (group + QUERIES - 1) / QUERIES;
+    if (rows.count * stack.kv_heads * parts < 4 * team.threads) parts = group;  // one head each, to share few rows out
+    Span units = share(rows.count * stack.kv_heads * parts, team);
+    float* scores = s.scores + s.score_stride * QUERIES * static_cast<size_t>(team.thread);
+    for (int unit = units.begin; unit < units.end; unit++) {
+        int part = unit % parts, head = unit / parts % stack.kv_heads, r = unit / parts / stack.kv_heads;
+        int first = group * part / parts, last = group * (part + 1) / parts;
+        size_t at_row = s.wide_stride * static_cast<size_t>(r);
+        int at = (head * group + first) * stack.head_dim;
+        const float* query = s.wide + at_row + at;
+        float* out = s.context + at_row + at;
+        auto cells = cache_rows<Cell>(stack, cache, layer, rows.slot[r], head);
+        const int32_t* path = rows.path + rows.path_start[r];
+        int length = rows.path_start[r + 1] - rows.path_start[r];
+        switch (last - first) {
+            case 1: attend<1>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
+            case 2: attend<2>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
+            case 3: attend<3>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
+            default: attend<4>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out);
+        }
+    }
+    wait(team);
+}
+
+// ------------------------------------------------------------------------------------------------------- the pass
+
+void turn_angles(const Stack& stack, const Rows& rows, Scratch& s, const Team& team) {
+    int half = stack.head_dim / 2;
+    Span mine = share(rows.count, team);
+    for (int r = mine.begin; r < mine.end; r++) {
+        int position = rows.prefix[r] + rows.path_start[r + 1] - rows.path_start[r] - 1;
+        float* angles = s.angles + static_cast<size_t>(stack.head_dim) * static_cast<size_t>(r);
+        for (int i = 0; i < half; i++) {
+            float angle = static_cast<float>(position) * stack.frequencies[i];
+            angles[i] = cosf(angle) * stack.rope_scale;
+            angles[half + i] = sinf(angle) * stack.rope_scale;
+        }
+    }
+}
+
+struct Tiles {
+#if defined(S4C_AMX)
+    Tiles() {
+        TileConfig config;
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+#else
+    Tiles() {}
+    ~Tiles() {}
+#endif
+};
+
+template <class Cell>
+void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
+    int n = rows.count;
+    size_t hidden = static_cast<size_t>(stack.hidden);
+    for (int index = 0; index < stack.layers; index++) {
+        const Layer& layer = stack.layer[index];
+        norm_rows(layer.qkv, s.x, layer.attention_norm, stack.hidden, stack.eps, n, s, team);
+        product(layer.qkv, n, s, Into::SET, s.wide, s.wide_stride, team);
+        Span mine = share(n, team);
+        for (int r = mine.begin; r < mine.end; r++) place_row<Cell>(stack, layer, index, cache, rows, r, s);
+        wait(team);
+        attention<Cell>(stack, index, cache, rows, s, team);
+        prepare(layer.out, s.context, s.wide_stride, n, s, team);
+        product(layer.out, n, s, Into::ADD, s.x, hidden, team);
+        norm_rows(layer.gate_up, s.x, layer.mlp_norm, stack.hidden, stack.eps, n, s, team);
+        product(layer.gate_up, n, s, Into::SWIGLU, s.wide, s.wide_stride, team);
+        prepare(layer.down, s.wide, s.wide_stride, n, s, team);
+        product(layer.down, n, s, Into::ADD, s.x, hidden, team);
+    }
+}
+
+void pass(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, float* out, Team team) {
+    Tiles tiles;
+    turn_angles(stack, rows, s, team);
+    if (cache.half) layers<uint16_t>(stack, cache, rows, s, team);
+    else layers<float>(stack, cache, rows, s, team);
+    Span mine = share(rows.count, team);
+    size_t hidden = static_cast<size_t>(stack.hidden);
+    for (int r = mine.begin; r < mine.end; r++) {
+        const float* x = s.x + hidden * static_cast<size_t>(r);
+        float* y = out + hidden * static_cast<size_t>(r);
+        if (stack.final_norm) norm_row(x, stack.final_norm, stack.hidden, stack.eps, y);
+        else std::memcpy(y, x, sizeof(float) * hidden);
+    }
+}
+
+void linear(const Linear& layer, const float* x, int count, Scratch& s, float* out, Team team) {
+    Tiles tiles;
+    prepare(layer, x, static_cast<size_t>(layer.inputs), count, s, team);
+    product(layer, count, s, Into::SET, out, static_cast<size_t>(layer.outputs), team);
+}
+
+constexpr Kernels KERNELS = {pass, linear};
+
+}  // namespace
+
+const Kernels* JOIN(kernels_, S4C_VARIANT)() { return &KERNELS; }

@@ -1,0 +1,119 @@
+"""Decoder layers on the native kernels: one call runs all of them for all rows of a pass."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s4c.models.cache import ROWS_PER_GROWTH
+from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
+from s4c.models.native import library
+from s4c.models.native.library import CCache, CLayer, CStack
+from s4c.models.native.linear import BLOCK, NativeLinear
+from s4c.models.stack import Rope, Stack
+
+
+class NativeStack(Stack):
+    """`Stack` on the native kernels; the cache holds keys in blocks of sixteen rows, as the kernels read them."""
+
+    def __init__(
+        self, layers: int, shape: LayerShape, rope: Rope, dtype: torch.dtype, norm: RMSNorm | None = None
+    ) -> None:
+        super().__init__()
+        self._shape = shape
+        self._dtype = dtype
+        self._cell = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._frequencies = rope.frequencies.float().contiguous()
+        self._final_norm = None if norm is None else norm.weight.data.float().contiguous()
+        self._layers = (CLayer * layers)()
+        self._kept: dict[int, list[Any]] = {}
+        self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
+        self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
+        self._stack = CStack(
+            shape.hidden,
+            shape.intermediate,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            layers,
+            shape.eps,
+            rope.scaling,
+            self._frequencies.data_ptr(),
+            None if self._final_norm is None else self._final_norm.data_ptr(),
+            self._layers,
+        )
+        self._cache = CCache(half=int(self._cell != torch.float32))
+
+    def place(self, index: int, layer: DecoderLayer) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        norms = [layer.attention_norm.weight.data.float()]
+        norms += [n.weight.data.float() for n in (attention.q_norm, attention.k_norm)] if self._shape.head_norms else []
+        norms += [layer.mlp_norm.weight.data.float()]
+        first, *heads, last = (norm.data_ptr() for norm in norms)
+        products = []
+        for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
+            products.append(NativeLinear(linear.weight, linear.bias, self._dtype, pair=linear is mlp.gate_up))
+            linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        self._kept[index] = [norms, products]
+        self._layers[index] = CLayer(first, *(heads or (None, None)), last, *(product.c for product in products))
+
+    def reserve(self, slots: int, length: int) -> None:
+        old_slots, old_rows = self._values.shape[1], self._values.shape[3]
+        if slots <= old_slots and length <= old_rows:
+            return
+        slots, rows = max(slots, old_slots), max(old_rows, -(-length // ROWS_PER_GROWTH) * ROWS_PER_GROWTH)
+        for name, height in (("_keys", rows // BLOCK), ("_values", rows)):
+            old = getattr(self, name)
+            grown = old.new_zeros(old.shape[0], slots, old.shape[2], height, *old.shape[4:])
+            grown[:, :old_slots, :, : old.shape[3]] = old
+            setattr(self, name, grown)
+        self._cache.keys, self._cache.values = self._keys.data_ptr(), self._values.data_ptr()
+        self._cache.slots, self._cache.rows = slots, rows
+        self.lengths += [0] * (slots - len(self.lengths))
+
+    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+        batch, count, _ = x.shape
+        slots = slice(first_slot, first_slot + batch)
+        self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
+        x, visible = x.float().contiguous(), visible.contiguous()
+        assert visible.shape == (batch, count, pending + count) and visible.dtype == torch.bool
+        lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
+        out = torch.empty_like(x)
+        status = library.core().s4c_pass(
+            ctypes.byref(self._stack),
+            ctypes.byref(self._cache),
+            x.data_ptr(),
+            out.data_ptr(),
+            batch,
+            count,
+            pending,
+            first_slot,
+            lengths,
+            visible.data_ptr(),
+        )
+        library.check(status)
+        return out
+
+    def keep(self, slot: int, rows: list[int]) -> None:
+        shape, start = self._shape, self.lengths[slot]
+        if rows[-1] != len(rows) - 1:
+            library.core().s4c_keep(
+                ctypes.byref(self._cache),
+                len(self._layers),
+                shape.kv_heads,
+                shape.head_dim,
+                slot,
+                start,
+                (ctypes.c_int32 * len(rows))(*rows),
+                len(rows),
+            )
+        self.lengths[slot] += len(rows)
+
+    def move(self, source: int, destination: int) -> None:
+        length = self.lengths[source]
+        for cells, count in ((self._keys, -(-length // BLOCK)), (self._values, length)):
+            cells[:, destination, :, :count] = cells[:, source, :, :count]
+        self.lengths[destination] = length

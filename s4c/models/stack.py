@@ -1,0 +1,128 @@
+"""Decoder layers with the cache that they read and write: what a target and the heads of a drafter run on.
+
+A pass appends the rows of new tokens behind the committed rows of each slot without committing them; `keep`
+then keeps those of an accepted path. What was not kept is overwritten by the next pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s4c.models.cache import KVCache
+from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm, Rotary, grouped_mask, pack
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary angles: [head_dim / 2] radians per position, and the factor on cosines and sines."""
+
+    frequencies: Tensor
+    scaling: float = 1.0
+
+
+class Stack(ABC):
+    """Decoder layers, and the norm after them where there is one.
+
+    Attributes:
+        lengths: the committed rows of each slot.
+    """
+
+    lengths: list[int]
+
+    def __init__(self) -> None:
+        self.lengths = []
+
+    @abstractmethod
+    def place(self, index: int, layer: DecoderLayer) -> None:
+        """Take the weights of a layer, packed for speed; the layer itself is used up."""
+
+    @abstractmethod
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of `length` rows each; cached rows stay."""
+
+    @abstractmethod
+    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+        """Append the rows of a pass and run the layers.
+
+        Args:
+            x: [B, N, d] float32, rows for the slots from `first_slot` on.
+            visible: [B, N, pending + N] bool: which uncommitted rows a row sees, itself among them, beside all
+                committed ones. A row stands one position behind the last row that it sees.
+            pending: uncommitted rows of earlier calls that still stand in each slot.
+
+        Returns:
+            [B, N, d] float32.
+        """
+
+    @abstractmethod
+    def keep(self, slot: int, rows: list[int]) -> None:
+        """Commit appended rows of a slot: ascending, counted from the first uncommitted one."""
+
+    @abstractmethod
+    def move(self, source: int, destination: int) -> None:
+        """Copy the sequence of one slot to another."""
+
+
+class TorchStack(Stack):
+    """`Stack` in torch: any device; also what the native kernels are tested against."""
+
+    def __init__(
+        self,
+        layers: int,
+        shape: LayerShape,
+        rope: Rope,
+        dtype: torch.dtype,
+        device: torch.device,
+        norm: RMSNorm | None = None,
+    ) -> None:
+        self._shape = shape
+        self._rope = Rope(rope.frequencies.to(device), rope.scaling)
+        self._dtype = dtype
+        self._norm = norm
+        self._layers: dict[int, DecoderLayer] = {}
+        self._cache = KVCache(layers, shape.kv_heads, shape.head_dim, dtype, device)
+        self.lengths = self._cache.lengths
+
+    def place(self, index: int, layer: DecoderLayer) -> None:
+        pack(layer, self._dtype)
+        self._layers[index] = layer
+
+    def reserve(self, slots: int, length: int) -> None:
+        self._cache.reserve(slots, length)
+
+    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+        batch, count, _ = x.shape
+        view = self._cache.view(slice(first_slot, first_slot + batch), count, pending)
+        positions = view.lengths[:, None] + visible.sum(-1) - 1
+        rotary = Rotary(positions, self._rope.frequencies, self._rope.scaling)
+        mask = grouped_mask(view.mask(visible), self._shape, self._dtype)
+        for index in range(len(self._layers)):
+            x = self._layers[index](x, rotary, mask, view, index)
+        return x if self._norm is None else self._norm(x)
+
+    def keep(self, slot: int, rows: list[int]) -> None:
+        self._cache.keep(slot, rows)
+
+    def move(self, source: int, destination: int) -> None:
+        self._cache.move(source, destination)
+
+
+def make_stack(
+    layers: int,
+    shape: LayerShape,
+    rope: Rope,
+    dtype: torch.dtype,
+    device: torch.device,
+    native: bool,
+    norm: RMSNorm | None = None,
+) -> Stack:
+    """An empty stack of the runtime asked for."""
+    if not native:
+        return TorchStack(layers, shape, rope, dtype, device, norm)
+    from s4c.models.native.stack import NativeStack
+
+    return NativeStack(layers, shape, rope, dtype, norm)
