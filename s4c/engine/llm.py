@@ -87,9 +87,8 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads is {threads}; it must be at least 1")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
         if tree != "auto":
             TreePlan.parse(tree)
         self.tokenizer: Any = None

@@ -79,7 +79,8 @@ class NativeStack(Stack):
         slots = slice(first_slot, first_slot + batch)
         self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
         x, visible = x.float().contiguous(), visible.contiguous()
-        assert visible.shape == (batch, count, pending + count) and visible.dtype == torch.bool
+        assert visible.shape == (batch, count, pending + count)
+        assert visible.dtype == torch.bool
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
         out = torch.empty_like(x)
         status = library.core().s4c_pass(
