@@ -73,7 +73,8 @@ class NativeLinear:
         rows = F.pad(_blocks(weight.detach().to(dtype), pair), (0, padded - inputs))
         self._packed = rows.view(-1, BLOCK, padded // form.together, form.together).transpose(1, 2).contiguous()
         pointers = (self._packed, self._scale, self._sums, self._bias)
-        self.c = CLinear(form.kind, inputs, padded, outputs, *(None if t is None else t.data_ptr() for t in pointers))
+        counted = rows.shape[0] if pair else outputs  # a pair is finished by whole blocks, each with its other half
+        self.c = CLinear(form.kind, inputs, padded, counted, *(None if t is None else t.data_ptr() for t in pointers))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., outputs] float32 of [..., inputs]."""

@@ -14,13 +14,14 @@ namespace {
 
 constexpr int BLOCK = 16;  // outputs that stand side by side
 constexpr int GROUP = 4;   // blocks that a thread multiplies at once
-#if defined(S4C_AMX)
-constexpr int TILE_ROWS = 16;
-#elif defined(__AVX512F__)
-constexpr int TILE_ROWS = 6;
+constexpr int BAND = 48;   // rows whose sums are kept at a time, whole tiles of any height
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 9, REGISTERS = 27;  // of a tile's sums
 #else
-constexpr int TILE_ROWS = 2;
+constexpr int TILE_ROWS = 3, REGISTERS = 6;
 #endif
+constexpr int AHEAD = 48;         // inputs whose weights are fetched early, so that memory streams while sums are made
+constexpr int TURN_BYTES = 128;  // of the weights of one output
 
 struct Span {
     int begin, end;
@@ -49,9 +50,9 @@ inline void to_bf16_row(const float* x, int size, int full, uint16_t* out) {
     for (; i < full; i++) out[i] = 0;
 }
 
-// Symmetric int8 with a scale of the row's own.
+// Symmetric int8 with a scale of the row's own, which is NaN where an input is NaN or infinite.
 inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
-    vf most = zero();
+    vf most = zero(), nothing = zero();
     float buffer[LANES];
     auto part = [&](int i) {
         if (i + LANES <= size) return load(x + i);
@@ -59,8 +60,12 @@ inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
         std::memcpy(buffer, x + i, sizeof(float) * static_cast<size_t>(size - i));
         return load(buffer);
     };
-    for (int i = 0; i < size; i += LANES) most = maximum(most, absolute(part(i)));
-    float top = max_lanes(most);
+    for (int i = 0; i < size; i += LANES) {
+        vf values = part(i);
+        most = maximum(most, absolute(values));
+        nothing = fma(values, zero(), nothing);
+    }
+    float top = max_lanes(most) + sum_lanes(nothing);
     float inverse = top > 0 ? 127.0f / top : 0.0f;
     for (int i = 0; i < full; i += LANES) {
         store(buffer, i < size ? nearest(mul(part(i), set1(inverse))) : zero());
@@ -89,18 +94,20 @@ void prepare(const Linear& linear, const float* x, size_t stride, int count, Scr
 
 // ------------------------------------------------------------------------------------------------------- products
 
-// R rows times B blocks: the sums, [R][GROUP * BLOCK]. `ahead` is fetched into the cache on the way.
+// A tile of R rows times B blocks adds the inputs [begin, end) to its sums, [R][GROUP * BLOCK]; begin = 0 starts them.
+
 template <int R, int B>
-inline void tile_fp32(const float* w, size_t block, int inputs, const char* x, size_t stride, float* out,
-                      const char* ahead, size_t ahead_step) {
+inline void tile_fp32(const float* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
     vf sums[R][B];
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) sums[r][b] = zero();
-    for (int k = 0; k < inputs; k++) {
+        for (int b = 0; b < B; b++) sums[r][b] = begin ? load(out + r * GROUP * BLOCK + b * BLOCK) : zero();
+    for (int k = begin; k < end; k++) {
         vf weights[B];
-        for (int b = 0; b < B; b++) weights[b] = load(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK);
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += ahead_step;
+        for (int b = 0; b < B; b++) {
+            const float* at = w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK;
+            weights[b] = load(at);
+            __builtin_prefetch(at + AHEAD * BLOCK, 0, 3);
+        }
         for (int r = 0; r < R; r++) {
             vf value = set1(reinterpret_cast<const float*>(x + stride * static_cast<size_t>(r))[k]);
             for (int b = 0; b < B; b++) sums[r][b] = fma(weights[b], value, sums[r][b]);
@@ -113,11 +120,11 @@ inline void tile_fp32(const float* w, size_t block, int inputs, const char* x, s
 #if !defined(S4C_AMX)
 
 template <int R, int B>
-inline void tile_bf16(const uint16_t* w, size_t block, int padded_inputs, const char* x, size_t stride, float* out) {
+inline void tile_bf16(const uint16_t* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
     vf sums[R][B];
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) sums[r][b] = zero();
-    for (int k = 0; k < padded_inputs / 2; k++) {
+        for (int b = 0; b < B; b++) sums[r][b] = begin ? load(out + r * GROUP * BLOCK + b * BLOCK) : zero();
+    for (int k = begin / 2; k < end / 2; k++) {
         const uint16_t* pairs = w + static_cast<size_t>(k) * 2 * BLOCK;
 #if defined(__AVX512BF16__)
         __m512bh weights[B];
@@ -146,16 +153,18 @@ inline void tile_bf16(const uint16_t* w, size_t block, int padded_inputs, const 
 
 // Integer sums are exact, so every instruction set gives the same ones.
 template <int R, int B>
-inline void tile_int8(const int8_t* w, size_t block, int padded_inputs, const char* x, size_t stride,
+inline void tile_int8(const int8_t* w, size_t block, int begin, int end, const char* x, size_t stride,
                       const int32_t* weight_sums, int32_t* out) {
 #if defined(__AVX512VNNI__)
     __m512i sums[R][B];
     for (int b = 0; b < B; b++) {
         // The inputs go in as x + 128, for the instruction multiplies unsigned by signed bytes.
         __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(weight_sums + b * BLOCK), 7);
-        for (int r = 0; r < R; r++) sums[r][b] = _mm512_sub_epi32(_mm512_setzero_si512(), shift);
+        for (int r = 0; r < R; r++)
+            sums[r][b] = begin ? _mm512_loadu_si512(out + r * GROUP * BLOCK + b * BLOCK)
+                               : _mm512_sub_epi32(_mm512_setzero_si512(), shift);
     }
-    for (int k = 0; k < padded_inputs / 4; k++) {
+    for (int k = begin / 4; k < end / 4; k++) {
         __m512i weights[B];
         for (int b = 0; b < B; b++)
             weights[b] = _mm512_loadu_si512(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 4 * BLOCK);
@@ -173,11 +182,13 @@ inline void tile_int8(const int8_t* w, size_t block, int padded_inputs, const ch
         const int8_t* values = reinterpret_cast<const int8_t*>(x + stride * static_cast<size_t>(r));
         for (int b = 0; b < B; b++) {
             int32_t sums[BLOCK] = {};
-            const int8_t* weights = w + block * static_cast<size_t>(b);
-            for (int k = 0; k < padded_inputs / 4; k++, weights += 4 * BLOCK)
+            int32_t* at = out + r * GROUP * BLOCK + b * BLOCK;
+            if (begin) std::memcpy(sums, at, sizeof(sums));
+            const int8_t* weights = w + block * static_cast<size_t>(b) + begin * BLOCK;
+            for (int k = begin / 4; k < end / 4; k++, weights += 4 * BLOCK)
                 for (int o = 0; o < BLOCK; o++)
                     for (int j = 0; j < 4; j++) sums[o] += weights[4 * o + j] * values[4 * k + j];
-            std::memcpy(out + r * GROUP * BLOCK + b * BLOCK, sums, sizeof(sums));
+            std::memcpy(at, sums, sizeof(sums));
         }
     }
 #endif
@@ -282,15 +293,18 @@ inline void finish(const Linear& linear, float* sums, int row, int first_block, 
     for (int o = begin; o < end; o++) y[o] = into == Into::ADD ? y[o] + sums[o - begin] : sums[o - begin];
 }
 
+struct Tile {
+    int block, row, rows;  // which blocks and rows, and how many rows
+    int begin, end;        // inputs
+};
+
 template <int R, int B>
-inline void tile(const Linear& linear, int first_block, int row, const Scratch& s, float* out, const char* ahead,
-                 size_t ahead_step) {
-    const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
+inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
+    const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(at.row);
     size_t block = static_cast<size_t>(linear.padded) * BLOCK;
-    size_t offset = block * static_cast<size_t>(first_block);
+    size_t offset = block * static_cast<size_t>(at.block);
     if (linear.kind == FLOAT32) {
-        tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, linear.inputs, x, s.input_stride, out,
-                        ahead, ahead_step);
+        tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, at.begin, at.end, x, s.input_stride, out);
         return;
     }
     auto* half = static_cast<const uint16_t*>(linear.weight) + offset;
@@ -300,57 +314,75 @@ inline void tile(const Linear& linear, int first_block, int row, const Scratch& 
     if (linear.kind == BFLOAT16) tile_bf16_amx<B>(half, block, linear.padded, x, s.input_stride, out);
     else tile_int8_amx<B>(byte, block, linear.padded, x, s.input_stride, integers);
 #else
-    if (linear.kind == BFLOAT16) tile_bf16<R, B>(half, block, linear.padded, x, s.input_stride, out);
-    else tile_int8<R, B>(byte, block, linear.padded, x, s.input_stride, linear.sums + first_block * BLOCK, integers);
+    const int32_t* sums = linear.sums + at.block * BLOCK;
+    if (linear.kind == BFLOAT16) tile_bf16<R, B>(half, block, at.begin, at.end, x, s.input_stride, out);
+    else tile_int8<R, B>(byte, block, at.begin, at.end, x, s.input_stride, sums, integers);
 #endif
 }
 
 template <int B>
-inline void tile_rows(const Linear& linear, int first_block, int row, int rows, const Scratch& s, float* out,
-                      const char* ahead, size_t ahead_step) {
-    switch (rows) {
-        case 1: return tile<1, B>(linear, first_block, row, s, out, ahead, ahead_step);
-        case 2: return tile<2, B>(linear, first_block, row, s, out, ahead, ahead_step);
+inline void tile_of(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
+    switch (at.rows) {
+        case 1: return tile<1, B>(linear, at, s, out);
+        case 2: return tile<2, B>(linear, at, s, out);
+        case 3: return tile<3, B>(linear, at, s, out);
 #if defined(__AVX512F__)
-        case 3: return tile<3, B>(linear, first_block, row, s, out, ahead, ahead_step);
-        case 4: return tile<4, B>(linear, first_block, row, s, out, ahead, ahead_step);
-        case 5: return tile<5, B>(linear, first_block, row, s, out, ahead, ahead_step);
-        default: return tile<6, B>(linear, first_block, row, s, out, ahead, ahead_step);
+        case 4: return tile<4, B>(linear, at, s, out);
+        case 5: return tile<5, B>(linear, at, s, out);
+        case 6: return tile<6, B>(linear, at, s, out);
+        case 7: return tile<7, B>(linear, at, s, out);
+        case 8: return tile<8, B>(linear, at, s, out);
+        default: return tile<9, B>(linear, at, s, out);
 #endif
     }
 }
 
-inline int tile_height(const Linear& linear) { return linear.kind == FLOAT32 && TILE_ROWS > 6 ? 6 : TILE_ROWS; }
+// How many rows one tile takes, and after how many inputs the next tile has its turn: with several tiles the
+// weights of a turn then stay in the nearest cache, and memory streams on while they are used.
+inline int tile_height(const Linear& linear) {
+#if defined(S4C_AMX)
+    if (linear.kind != FLOAT32) return 16;
+#endif
+    (void)linear;
+    return TILE_ROWS;
+}
 
-// Rows of prepared inputs times one matrix. A thread takes a run of blocks; all rows pass by each group of blocks
-// while it lies in the cache, and the next group is fetched meanwhile.
+inline int turn_length(const Linear& linear, int tiles) {
+    if (tiles == 1 || tile_height(linear) == 16) return linear.padded;
+    return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
+}
+
+// Prepared rows times one matrix. A thread takes a run of blocks, a group of them at a time; bands of rows pass by.
 void product(const Linear& linear, int count, const Scratch& s, Into into, float* y, size_t stride, const Team& team) {
     int blocks = (linear.outputs + BLOCK - 1) / BLOCK;
     Span mine = share(into == Into::SWIGLU ? blocks / 2 : blocks, team);
     if (into == Into::SWIGLU) mine = {mine.begin * 2, mine.end * 2};
-    int tiles = (count + tile_height(linear) - 1) / tile_height(linear);
-    size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
-    size_t bytes = static_cast<size_t>(linear.padded) * BLOCK * width;
-    alignas(64) float sums[TILE_ROWS > 6 ? 16 * GROUP * BLOCK : 6 * GROUP * BLOCK];
-    int step = tile_height(linear) == 2 ? 1 : GROUP;
+    alignas(64) float sums[BAND * GROUP * BLOCK];
+    int height = tile_height(linear);
+    int tallest = count < height ? count : height;
+    int group = height == 16 || tallest * GROUP <= REGISTERS ? GROUP : REGISTERS / tallest;
+    if (into == Into::SWIGLU && group % 2) group--;
     for (int block = mine.begin, now; block < mine.end; block += now) {
-        now = mine.end - block < step ? mine.end - block : step;
-        if (now == 3) now = 2;
-        const char* next = static_cast<const char*>(linear.weight) + bytes * static_cast<size_t>(block + now);
-        for (int t = 0, row = 0; t < tiles; t++) {
-            int rows = (count - row + tiles - t - 1) / (tiles - t);
-            if (tile_height(linear) == 16) rows = count - row < 16 ? count - row : 16;
-            // One fetch for each input: this tile's part of the next group.
-            size_t part = bytes * static_cast<size_t>(now) / static_cast<size_t>(tiles);
-            size_t ahead_step = linear.kind == FLOAT32 && tiles > 1 ? part / static_cast<size_t>(linear.inputs) : 0;
-            const char* ahead = block + 2 * now <= mine.end ? next + part * static_cast<size_t>(t) : nullptr;
-            if (!ahead) ahead = next - 64, ahead_step = 0;
-            if (now == 4) tile_rows<4>(linear, block, row, rows, s, sums, ahead, ahead_step);
-            else if (now == 2) tile_rows<2>(linear, block, row, rows, s, sums, ahead, ahead_step);
-            else tile_rows<1>(linear, block, row, rows, s, sums, ahead, ahead_step);
-            for (int r = 0; r < rows; r++)
-                finish(linear, sums + r * GROUP * BLOCK, row + r, block, now, s, into, y + stride * static_cast<size_t>(row + r));
-            row += rows;
+        now = mine.end - block < group ? mine.end - block : group;
+        for (int top = 0; top < count; top += BAND) {
+            int rows = count - top < BAND ? count - top : BAND;
+            int tiles = (rows + height - 1) / height;
+            int turn = turn_length(linear, tiles);
+            for (int begin = 0; begin < linear.padded; begin += turn)
+                for (int t = 0; t < tiles; t++) {
+                    int first = height == 16 ? t * 16 : rows * t / tiles;
+                    int last = height == 16 ? (first + 16 < rows ? first + 16 : rows) : rows * (t + 1) / tiles;
+                    Tile at{block, top + first, last - first, begin, begin + turn < linear.padded ? begin + turn : linear.padded};
+                    float* out = sums + first * GROUP * BLOCK;
+                    if (now == 4) tile_of<4>(linear, at, s, out);
+                    else if (now == 3) tile_of<3>(linear, at, s, out);
+                    else if (now == 2) tile_of<2>(linear, at, s, out);
+                    else tile_of<1>(linear, at, s, out);
+                }
+            for (int r = 0; r < rows; r++) {
+                float* line = y + stride * static_cast<size_t>(top + r);
+                finish(linear, sums + r * GROUP * BLOCK, top + r, block, now, s, into, line);
+            }
         }
     }
     wait(team);
