@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("s4c/models/native/src")
 FLAGS = [
-    "-O3",
+    os.environ.get("S4C_OPTIMISE", "-O3"),
     "-std=c++17",
     "-fPIC",
     "-ffp-contract=off",

@@ -25,6 +25,9 @@ TARGET_STREAM, DRAFT_STREAM, COIN_STREAM, RESIDUAL_STREAM = range(4)
 NOT_FINITE, ALL_EXCLUDED = -1, -2
 """What stands for the token of a node without a law: no child bears it."""
 
+MAXIMUM_BLOCK = 256
+"""Tokens among which an index is looked for at once."""
+
 
 def generator(seed: int, stream: int, position: int) -> np.random.Generator:
     """The random numbers of one position of a request: the same on every machine, for any batch."""
@@ -287,8 +290,24 @@ def choose(processed: Tensor, noise: Tensor | None) -> Tensor:
     A node without a law gets NOT_FINITE (NaN or +inf) or ALL_EXCLUDED (nothing but -inf). That is an error
     only where a token is taken from it (`check_chosen`): drafted text that is never committed may be absurd.
     """
-    best, token = (processed if noise is None else processed + noise).max(-1)
+    best, token = highest(processed if noise is None else processed + noise)
+    if bool(best.isfinite().all()):
+        return token
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, ALL_EXCLUDED, NOT_FINITE))
+
+
+def highest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and first index of the maximum of the last dimension, as `x.max(-1)`; NaN is the highest.
+
+    Maxima of blocks first: a maximum alone is four times as fast as one with its index.
+    """
+    size = x.shape[-1]
+    if size % MAXIMUM_BLOCK:
+        return tuple(x.max(-1))
+    blocks = x.unflatten(-1, (-1, MAXIMUM_BLOCK))
+    best, block = blocks.amax(-1).max(-1)
+    inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, MAXIMUM_BLOCK))[..., 0, :].max(-1).indices
+    return best, block * MAXIMUM_BLOCK + inside
 
 
 def check_chosen(tokens: Tensor) -> None:

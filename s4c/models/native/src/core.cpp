@@ -272,14 +272,15 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         Scratch s;
         s.wide_stride = round_up(widest, 16) + 16;
         s.input_stride = round_up(input, 64) + 64;
-        s.score_stride = round_up(static_cast<size_t>(cache->rows), 16) + 64;
+        s.row_scores = round_up(static_cast<size_t>(cache->rows), 16) + 64;
+        s.score_stride = MOST_QUERIES * (s.row_scores + round_up(static_cast<size_t>(stack->head_dim), 16));
         s.x = c.x.get<float>(n * hidden);
         s.wide = c.wide.get<float>(n * s.wide_stride);
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
         s.scales = c.scales.get<float>(n);
         s.context = c.context.get<float>(n * s.wide_stride);
         s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
-        s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * 4 * s.score_stride);
+        s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
         std::memcpy(s.x, x, n * hidden * sizeof(float));
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
         auto kernel = c.variant->kernels()->pass;

@@ -64,6 +64,8 @@ struct Team {
     void (*wait)(void* pool, int thread);
 };
 
+constexpr int MOST_QUERIES = 12;  // that are attended to together
+
 struct Scratch {
     float* x;         // [count, hidden], residual stream
     float* wide;      // [count, wide_stride]
@@ -71,8 +73,8 @@ struct Scratch {
     float* scales;    // [count], of int8 inputs
     float* context;   // [count, wide_stride], attention's or the MLP's
     float* angles;    // [count, head_dim], cosines and sines
-    float* scores;    // [threads, score_stride]
-    size_t wide_stride, input_stride, score_stride;
+    float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], then as many sums of values
+    size_t wide_stride, input_stride, score_stride, row_scores;
 };
 
 struct Kernels {

@@ -7,6 +7,8 @@
 #include "core.h"
 #include "simd.h"
 
+#include <type_traits>
+
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -471,12 +473,24 @@ void place_row(const Stack& stack, const Layer& layer, int index, const Cache& c
 
 // ------------------------------------------------------------------------------------------------------ attention
 
-constexpr int QUERIES = 4;  // heads of one key head that are read together
-constexpr int KEY_BLOCKS = 4;
+#if defined(__AVX512F__)
+constexpr int QUERIES = 6, VECTORS = 4;  // of a tile's sums
+#else
+constexpr int QUERIES = 2, VECTORS = 2;
+#endif
+constexpr int TOGETHER = MOST_QUERIES;  // queries that read the keys and values of a head together
 
-// Scores of Q heads against KEYS blocks of sixteen cache rows.
+// One head of one row: what it asks, where its answer goes, and which cache rows it sees.
+struct Query {
+    const float* head;
+    float* out;
+    int prefix, length;
+    const int32_t* path;
+};
+
+// Scores of Q queries against KEYS blocks of sixteen cache rows.
 template <int Q, int KEYS, class Cell>
-inline void score_blocks(const float* query, const Cell* keys, int size, float scale, float* scores, size_t stride) {
+inline void score_blocks(const Query* queries, const Cell* keys, int size, float scale, float* scores, size_t stride) {
     vf sums[Q][KEYS];
     for (int q = 0; q < Q; q++)
         for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
@@ -484,7 +498,7 @@ inline void score_blocks(const float* query, const Cell* keys, int size, float s
         vf key[KEYS];
         for (int b = 0; b < KEYS; b++) key[b] = get(keys + (static_cast<size_t>(b) * static_cast<size_t>(size) + static_cast<size_t>(i)) * LANES);
         for (int q = 0; q < Q; q++) {
-            vf value = set1(query[q * size + i]);
+            vf value = set1(queries[q].head[i]);
             for (int b = 0; b < KEYS; b++) sums[q][b] = fma(key[b], value, sums[q][b]);
         }
     }
@@ -511,83 +525,119 @@ inline float soften(float* scores, int count) {
     return 1.0f / sum_lanes(sums);
 }
 
-// Weighted sums of Q heads over V vectors of the values, in the order of the logical positions.
+// Adds the weighted values of cache rows [begin, end), or of rows[begin ... end), to the sums of Q queries,
+// [Q][head_dim padded]: V vectors of them. The weight of a row stands at its logical position, `shift` from its index.
 template <int Q, int V, class Cell>
-inline void mix_values(const float* weights, size_t stride, const Cell* values, size_t width, int prefix, const int32_t* path,
-                       int length, const float* inverse, float* out, int head_dim, int valid) {
+inline void mix_values(const float* weights, size_t stride, const Cell* values, size_t width, int begin, int end,
+                       const int32_t* rows, int shift, float* out) {
     vf sums[Q][V];
     for (int q = 0; q < Q; q++)
-        for (int v = 0; v < V; v++) sums[q][v] = zero();
-    auto take = [&](int position, size_t row) {
+        for (int v = 0; v < V; v++) sums[q][v] = load(out + width * static_cast<size_t>(q) + v * LANES);
+    for (int i = begin; i < end; i++) {
+        size_t row = static_cast<size_t>(rows ? rows[i] : i);
         vf value[V];
         for (int v = 0; v < V; v++) value[v] = get(values + row * width + v * LANES);
         for (int q = 0; q < Q; q++) {
-            vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(position)]);
+            vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(shift + i)]);
             for (int v = 0; v < V; v++) sums[q][v] = fma(weight, value[v], sums[q][v]);
         }
-    };
-    for (int position = 0; position < prefix; position++) take(position, static_cast<size_t>(position));
-    for (int i = 0; i < length; i++) take(prefix + i, static_cast<size_t>(path[i]));
-    float lanes[V * LANES];
-    for (int q = 0; q < Q; q++) {
-        for (int v = 0; v < V; v++) store(lanes + v * LANES, mul(sums[q][v], set1(inverse[q])));
-        std::memcpy(out + q * head_dim, lanes, sizeof(float) * static_cast<size_t>(valid));
     }
+    for (int q = 0; q < Q; q++)
+        for (int v = 0; v < V; v++) store(out + width * static_cast<size_t>(q) + v * LANES, sums[q][v]);
 }
 
 template <int Q, class Cell>
-void attend(const Stack& stack, const CacheRows<Cell>& at, const float* query, int prefix, const int32_t* path, int length,
-            float* scores, size_t stride, float* out) {
-    int size = stack.head_dim;
+void mix(const float* weights, size_t stride, const Cell* values, size_t width, int begin, int end, const int32_t* rows,
+         int shift, float* out) {
+    int vectors = static_cast<int>(width) / LANES, v = 0;
+    for (; v + VECTORS <= vectors; v += VECTORS)
+        mix_values<Q, VECTORS>(weights, stride, values + v * LANES, width, begin, end, rows, shift, out + v * LANES);
+    for (; v < vectors; v++)
+        mix_values<Q, 1>(weights, stride, values + v * LANES, width, begin, end, rows, shift, out + v * LANES);
+}
+
+// Calls f with a compile-time number of queries, a tile of them at a time: f(number, first query).
+template <class F>
+inline void each_tile(int count, F f) {
+    int q = 0;
+    for (; q + QUERIES <= count; q += QUERIES) f(std::integral_constant<int, QUERIES>(), q);
+    for (; QUERIES > 3 && q + 3 <= count; q += 3) f(std::integral_constant<int, 3>(), q);
+    for (; q < count; q++) f(std::integral_constant<int, 1>(), q);
+}
+
+// Attention of queries that share a slot and a key head. Each query adds up its own logical positions in order:
+// the prefix that all share, the rest of its prefix, its path.
+template <class Cell>
+void attend(const Stack& stack, const CacheRows<Cell>& at, const Query* queries, int count, float* scores, size_t stride) {
+    int size = stack.head_dim, blocks = 0, shared = queries[0].prefix;
     float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    int blocks = path[length - 1] / LANES + 1;
+    for (int q = 0; q < count; q++) {
+        int last = queries[q].path[queries[q].length - 1] / LANES + 1;
+        blocks = last > blocks ? last : blocks;
+        shared = queries[q].prefix < shared ? queries[q].prefix : shared;
+    }
     size_t block = static_cast<size_t>(size) * LANES;
     int b = 0;
-    for (; b + KEY_BLOCKS <= blocks; b += KEY_BLOCKS)
-        score_blocks<Q, KEY_BLOCKS>(query, at.keys + block * static_cast<size_t>(b), size, scale, scores + b * LANES, stride);
-    for (; b < blocks; b++) score_blocks<Q, 1>(query, at.keys + block * static_cast<size_t>(b), size, scale, scores + b * LANES, stride);
-    float inverse[Q];
-    for (int q = 0; q < Q; q++) {
-        float* line = scores + stride * static_cast<size_t>(q);
-        for (int i = 0; i < length; i++) line[prefix + i] = line[path[i]];  // path[i] >= prefix + i, and ascends
-        inverse[q] = soften(line, prefix + length);
-    }
+    for (; b + VECTORS <= blocks; b += VECTORS)
+        each_tile(count, [&](auto number, int q) {
+            score_blocks<decltype(number)::value, VECTORS>(queries + q, at.keys + block * static_cast<size_t>(b), size, scale,
+                                                           scores + stride * static_cast<size_t>(q) + b * LANES, stride);
+        });
+    for (; b < blocks; b++)
+        each_tile(count, [&](auto number, int q) {
+            score_blocks<decltype(number)::value, 1>(queries + q, at.keys + block * static_cast<size_t>(b), size, scale,
+                                                     scores + stride * static_cast<size_t>(q) + b * LANES, stride);
+        });
     size_t width = static_cast<size_t>(padded(size));
-    for (int i = 0; i < size; i += 4 * LANES) {
-        int valid = size - i < 4 * LANES ? size - i : 4 * LANES;
-        const Cell* values = at.values + i;
-        switch ((valid + LANES - 1) / LANES) {
-            case 1: mix_values<Q, 1>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
-            case 2: mix_values<Q, 2>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
-            case 3: mix_values<Q, 3>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid); break;
-            default: mix_values<Q, 4>(scores, stride, values, width, prefix, path, length, inverse, out + i, size, valid);
-        }
+    float inverse[TOGETHER];
+    float* sums = scores + stride * TOGETHER;
+    std::memset(sums, 0, sizeof(float) * width * static_cast<size_t>(count));
+    for (int q = 0; q < count; q++) {
+        float* line = scores + stride * static_cast<size_t>(q);
+        const Query& query = queries[q];
+        for (int i = 0; i < query.length; i++) line[query.prefix + i] = line[query.path[i]];  // path[i] >= prefix + i, and ascends
+        inverse[q] = soften(line, query.prefix + query.length);
+    }
+    each_tile(count, [&](auto number, int q) {
+        mix<decltype(number)::value>(scores + stride * static_cast<size_t>(q), stride, at.values, width, 0, shared, nullptr, 0,
+                                     sums + width * static_cast<size_t>(q));
+    });
+    for (int q = 0; q < count; q++) {
+        const Query& query = queries[q];
+        const float* line = scores + stride * static_cast<size_t>(q);
+        float* sum = sums + width * static_cast<size_t>(q);
+        mix<1>(line, stride, at.values, width, shared, query.prefix, nullptr, 0, sum);
+        mix<1>(line, stride, at.values, width, 0, query.length, query.path, query.prefix, sum);
+        for (int i = 0; i < size; i++) query.out[i] = sum[i] * inverse[q];
     }
 }
 
-// Attention of all rows; a unit of work is a few heads of one row that share a key head.
+// Attention of all rows; a unit of work is a few heads of a few rows of a slot that share a key head.
 template <class Cell>
 void attention(const Stack& stack, int layer, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
     int group = stack.heads / stack.kv_heads;
-    int parts = (group + QUERIES - 1) / QUERIES;
+    int parts = (group + TOGETHER - 1) / TOGETHER;
     if (rows.count * stack.kv_heads * parts < 4 * team.threads) parts = group;  // one head each, to share few rows out
-    Span units = share(rows.count * stack.kv_heads * parts, team);
-    float* scores = s.scores + s.score_stride * QUERIES * static_cast<size_t>(team.thread);
+    int height = TOGETHER / ((group + parts - 1) / parts);
+    if (rows.count < 2 * height) height = (rows.count + 1) / 2;
+    int tiles = (rows.count + height - 1) / height;
+    Span units = share(tiles * stack.kv_heads * parts, team);
+    float* scores = s.scores + s.score_stride * static_cast<size_t>(team.thread);
     for (int unit = units.begin; unit < units.end; unit++) {
-        int part = unit % parts, head = unit / parts % stack.kv_heads, r = unit / parts / stack.kv_heads;
+        int tile = unit % tiles, part = unit / tiles % parts, head = unit / tiles / parts;
         int first = group * part / parts, last = group * (part + 1) / parts;
-        size_t at_row = s.wide_stride * static_cast<size_t>(r);
-        int at = (head * group + first) * stack.head_dim;
-        const float* query = s.wide + at_row + at;
-        float* out = s.context + at_row + at;
-        auto cells = cache_rows<Cell>(stack, cache, layer, rows.slot[r], head);
-        const int32_t* path = rows.path + rows.path_start[r];
-        int length = rows.path_start[r + 1] - rows.path_start[r];
-        switch (last - first) {
-            case 1: attend<1>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
-            case 2: attend<2>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
-            case 3: attend<3>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out); break;
-            default: attend<4>(stack, cells, query, rows.prefix[r], path, length, scores, s.score_stride, out);
+        int end = rows.count * (tile + 1) / tiles;
+        Query queries[TOGETHER];
+        for (int r = rows.count * tile / tiles, count = 0; r < end; r++) {
+            for (int h = first; h < last; h++) {
+                size_t offset = s.wide_stride * static_cast<size_t>(r) + static_cast<size_t>((head * group + h) * stack.head_dim);
+                int start = rows.path_start[r];
+                queries[count++] = {s.wide + offset, s.context + offset, rows.prefix[r], rows.path_start[r + 1] - start, rows.path + start};
+            }
+            if (r + 1 == end || rows.slot[r + 1] != rows.slot[r]) {
+                attend(stack, cache_rows<Cell>(stack, cache, layer, rows.slot[r], head), queries, count, scores, s.row_scores);
+                count = 0;
+            }
         }
     }
     wait(team);

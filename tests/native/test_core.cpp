@@ -1,0 +1,284 @@
+// The C++ core without Python, to be run under sanitizers (`make sanitize`): odd sizes, trees, batches, several
+// threads, a pool that changes its size, callers at once. A row's bits must not depend on any of it.
+#include "core.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+extern "C" {
+void s4c_variants(char* out, int size);
+int s4c_choose(const char* name);
+void s4c_set_threads(int threads);
+int s4c_threads();
+int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
+             int first_slot, const int32_t* lengths, const uint8_t* visible);
+int s4c_linear(const Linear* linear, const float* x, int count, float* out);
+void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
+}
+
+#define CHECK(condition)                                                             \
+    do {                                                                             \
+        if (!(condition)) {                                                          \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
+            std::exit(1);                                                            \
+        }                                                                            \
+    } while (0)
+
+namespace {
+
+using Floats = std::vector<float>;
+
+size_t up(int size, int unit) { return static_cast<size_t>((size + unit - 1) / unit * unit); }
+
+Floats noise(size_t count, unsigned seed) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> normal;
+    Floats x(count);
+    for (auto& value : x) value = normal(generator);
+    return x;
+}
+
+// Random packed weights: what padding holds is zero, as the contract says.
+struct Weights {
+    Linear c{};
+    std::vector<float> floats;
+    std::vector<uint16_t> halves;
+    std::vector<int8_t> bytes;
+    std::vector<float> scale, bias;
+    std::vector<int32_t> sums;
+
+    Weights(int kind, int inputs, int outputs, unsigned seed, bool biased) {
+        const int unit = kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 32 : 64, together = 1 << kind;
+        size_t padded = up(inputs, unit), rows = up(outputs, 16);
+        std::mt19937 generator(seed);
+        std::normal_distribution<float> normal;
+        if (kind == FLOAT32) floats.resize(rows * padded);
+        if (kind == BFLOAT16) halves.resize(rows * padded);
+        if (kind == INT8) bytes.resize(rows * padded), scale.assign(rows, 0.01f), sums.resize(rows);
+        if (biased) bias.resize(rows);
+        for (size_t o = 0; o < static_cast<size_t>(outputs); o++) {
+            for (size_t i = 0; i < static_cast<size_t>(inputs); i++) {
+                size_t p = static_cast<size_t>(together);
+                size_t at = ((o / 16 * (padded / p) + i / p) * 16 + o % 16) * p + i % p;
+                float value = normal(generator) * 0.3f;
+                uint32_t bits;
+                std::memcpy(&bits, &value, 4);
+                if (kind == FLOAT32) floats[at] = value;
+                if (kind == BFLOAT16) halves[at] = static_cast<uint16_t>(bits >> 16);
+                if (kind == INT8) sums[o] += bytes[at] = static_cast<int8_t>(value * 60 > 127 ? 127 : value * 60 < -127 ? -127 : value * 60);
+            }
+            if (biased) bias[o] = normal(generator);
+        }
+        const void* weight = kind == FLOAT32 ? static_cast<const void*>(floats.data())
+                             : kind == BFLOAT16 ? static_cast<const void*>(halves.data())
+                                                : static_cast<const void*>(bytes.data());
+        c = {kind, inputs, static_cast<int32_t>(padded), outputs, weight, kind == INT8 ? scale.data() : nullptr,
+             kind == INT8 ? sums.data() : nullptr, biased ? bias.data() : nullptr};
+    }
+    Weights(Weights&&) = default;
+};
+
+struct Shape {
+    int hidden, intermediate, heads, kv_heads, head_dim;
+    bool head_norms, biases;
+};
+
+struct Model {
+    static constexpr int LAYERS = 2, SLOTS = 4, ROWS = 96;
+    Shape shape;
+    std::vector<Weights> weights;
+    Floats norm, head_norm, frequencies;
+    std::vector<Layer> layers;
+    Stack stack{};
+    Cache cache{};
+    std::vector<float> keys, values;  // twice the room where the cells are halves
+    std::vector<int32_t> lengths = std::vector<int32_t>(SLOTS, 0);
+
+    Model(int kind, const Shape& shape_, unsigned seed) : shape(shape_) {
+        norm = noise(static_cast<size_t>(shape.hidden), seed + 1);
+        head_norm = noise(static_cast<size_t>(shape.head_dim), seed + 2);
+        for (int i = 0; i < shape.head_dim / 2; i++) frequencies.push_back(1.0f / static_cast<float>(1 + i));
+        int wide = shape.heads * shape.head_dim, qkv = wide + 2 * shape.kv_heads * shape.head_dim;
+        int pair = 2 * static_cast<int>(up(shape.intermediate, 16));
+        for (int l = 0; l < LAYERS; l++) {
+            unsigned s = seed + 10 * static_cast<unsigned>(l);
+            weights.emplace_back(kind, shape.hidden, qkv, s + 3, shape.biases);
+            weights.emplace_back(kind, wide, shape.hidden, s + 4, shape.biases);
+            weights.emplace_back(kind, shape.hidden, pair, s + 5, shape.biases);
+            weights.emplace_back(kind, shape.intermediate, shape.hidden, s + 6, shape.biases);
+        }
+        const float* heads = shape.head_norms ? head_norm.data() : nullptr;
+        for (size_t l = 0; l < LAYERS; l++)
+            layers.push_back({norm.data(), heads, heads, norm.data(), weights[4 * l].c, weights[4 * l + 1].c,
+                              weights[4 * l + 2].c, weights[4 * l + 3].c});
+        stack = {shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, LAYERS, 1e-5f, 1.0f,
+                 frequencies.data(), norm.data(), layers.data()};
+        size_t cells = static_cast<size_t>(LAYERS * SLOTS * shape.kv_heads) * ROWS / (kind == FLOAT32 ? 1 : 2);
+        keys.resize(cells * static_cast<size_t>(shape.head_dim));
+        values.resize(cells * up(shape.head_dim, 16));
+        cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
+    }
+
+    Floats run(const Floats& x, int batch, int first_slot, const std::vector<uint8_t>& visible, int pending = 0) const {
+        Floats out(x.size());
+        int count = static_cast<int>(x.size()) / shape.hidden / batch;
+        CHECK(visible.size() == static_cast<size_t>(batch * count * (pending + count)));
+        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], visible.data()) == 0);
+        return out;
+    }
+
+    void keep(int slot, const std::vector<int32_t>& rows) {
+        auto& length = lengths[static_cast<size_t>(slot)];
+        s4c_keep(&cache, LAYERS, shape.kv_heads, shape.head_dim, slot, length, rows.data(), static_cast<int>(rows.size()));
+        length += static_cast<int32_t>(rows.size());
+    }
+
+    Floats row(const Floats& x, size_t at) const {
+        size_t d = static_cast<size_t>(shape.hidden);
+        return Floats(x.begin() + static_cast<long>(at * d), x.begin() + static_cast<long>((at + 1) * d));
+    }
+
+    // A pass for each row, behind what the slot holds.
+    std::vector<Floats> steps(int slot, const std::vector<Floats>& rows) {
+        std::vector<Floats> out;
+        for (const auto& x : rows) {
+            out.push_back(run(x, 1, slot, {1}));
+            keep(slot, {0});
+        }
+        return out;
+    }
+};
+
+std::vector<uint8_t> sees(const std::vector<int>& parents) {
+    size_t n = parents.size();
+    std::vector<uint8_t> visible(n * n);
+    for (size_t i = 0; i < n; i++)
+        for (int at = static_cast<int>(i); at >= 0; at = parents[static_cast<size_t>(at)]) visible[i * n + static_cast<size_t>(at)] = 1;
+    return visible;
+}
+
+bool same(const Floats& a, const Floats& b) { return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0; }
+
+std::vector<int> random_tree(int nodes, std::mt19937& generator) {
+    std::vector<int> parents{-1};
+    for (int i = 1; i < nodes; i++) parents.push_back(static_cast<int>(generator() % static_cast<unsigned>(i)));
+    return parents;
+}
+
+// Two rounds of a tree in each of two slots, against plain steps of one thread in a third.
+void speculative_is_plain(int kind, const Shape& shape, int prompt, int nodes, unsigned seed) {
+    Model model(kind, shape, seed);
+    std::mt19937 generator(seed);
+    const size_t d = static_cast<size_t>(shape.hidden);
+    std::vector<Floats> texts[2];
+    for (int slot = 0; slot < 2; slot++) {
+        int count = prompt + 5 * slot;
+        Floats x = noise(static_cast<size_t>(count) * d, seed + 20 + static_cast<unsigned>(slot));
+        std::vector<int> chain;
+        std::vector<int32_t> all;
+        for (int i = 0; i < count; i++) chain.push_back(i - 1), all.push_back(i), texts[slot].push_back(model.row(x, static_cast<size_t>(i)));
+        if (count) model.run(x, 1, slot, sees(chain)), model.keep(slot, all);
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        std::vector<int> parents[2] = {random_tree(nodes, generator), random_tree(nodes, generator)};
+        std::vector<uint8_t> visible = sees(parents[0]), other = sees(parents[1]);
+        visible.insert(visible.end(), other.begin(), other.end());
+        Floats x = noise(2 * static_cast<size_t>(nodes) * d, seed + 30 + static_cast<unsigned>(turn));
+        Floats features = model.run(x, 2, 0, visible);
+        for (int slot = 0; slot < 2; slot++) {
+            std::vector<int32_t> path;
+            for (int at = nodes - 1; at >= 0; at = parents[slot][static_cast<size_t>(at)]) path.insert(path.begin(), at);
+            for (int32_t node : path) texts[slot].push_back(model.row(x, static_cast<size_t>(slot * nodes + node)));
+            const int threads = s4c_threads();
+            s4c_set_threads(1);
+            model.lengths[2] = 0;
+            auto expected = model.steps(2, texts[slot]);
+            s4c_set_threads(threads);
+            for (size_t i = 0; i < path.size(); i++) {
+                size_t node = static_cast<size_t>(slot * nodes + path[i]);
+                CHECK(same(model.row(features, node), expected[expected.size() - path.size() + i]));
+            }
+            model.keep(slot, path);
+        }
+    }
+    // Levels in passes of their own, behind one another uncommitted.
+    Floats first = noise(2 * d, seed + 40), second = noise(d, seed + 41), whole = first;
+    whole.insert(whole.end(), second.begin(), second.end());
+    Floats expected = model.run(whole, 1, 1, sees({-1, 0, 1}));
+    model.run(first, 1, 1, sees({-1, 0}));
+    CHECK(same(model.run(second, 1, 1, {1, 1, 1}, 2), model.row(expected, 2)));
+}
+
+void rows_know_no_other(int kind, int inputs, int outputs, unsigned seed) {
+    Weights weights(kind, inputs, outputs, seed, seed % 2);
+    const size_t in = static_cast<size_t>(inputs), out = static_cast<size_t>(outputs);
+    for (int count : {1, 2, 3, 7, 16, 17, 50}) {
+        Floats x = noise(static_cast<size_t>(count) * in, seed), y(static_cast<size_t>(count) * out), alone(out);
+        CHECK(s4c_linear(&weights.c, x.data(), count, y.data()) == 0);
+        for (size_t r = 0; r < static_cast<size_t>(count); r++) {
+            CHECK(s4c_linear(&weights.c, x.data() + r * in, 1, alone.data()) == 0);
+            CHECK(std::memcmp(alone.data(), y.data() + r * out, out * sizeof(float)) == 0);
+        }
+    }
+}
+
+// Callers at once, while the pool changes its size.
+void callers_take_turns(int kind) {
+    const Shape shape{20, 30, 4, 2, 8, false, false};
+    std::vector<std::thread> callers;
+    std::atomic<bool> wrong{false};
+    for (unsigned caller = 0; caller < 3; caller++)
+        callers.emplace_back([&, caller] {
+            Model model(kind, shape, caller);
+            Floats x = noise(7 * 20, caller);
+            auto visible = sees({-1, 0, 0, 1, 1, 2, 5});
+            Floats expected = model.run(x, 1, 0, visible);
+            for (int turn = 0; turn < 12; turn++) {
+                if (caller == 0) s4c_set_threads(1 + turn % 4);
+                if (!same(model.run(x, 1, turn % 2, visible), expected)) wrong = true;
+            }
+        });
+    for (auto& caller : callers) caller.join();
+    CHECK(!wrong);
+}
+
+void check(const std::string& name) {
+    CHECK(s4c_choose(name.c_str()) == 0);
+    for (int kind : {FLOAT32, BFLOAT16, INT8}) {
+        for (int threads : {1, 3}) {
+            s4c_set_threads(threads);
+            CHECK(s4c_threads() == threads);
+            unsigned seed = 1;
+            for (auto [inputs, outputs] : {std::pair{1, 1}, {7, 17}, {33, 80}, {200, 100}}) rows_know_no_other(kind, inputs, outputs, seed++);
+            speculative_is_plain(kind, {17, 24, 6, 1, 6, true, false}, 0, 9, seed++);
+            speculative_is_plain(kind, {33, 47, 8, 1, 20, false, true}, 21, 13, seed++);
+            speculative_is_plain(kind, {64, 96, 5, 5, 80, false, false}, 64, 6, seed++);
+            speculative_is_plain(kind, {1, 1, 1, 1, 2, false, false}, 3, 1, seed++);
+        }
+        callers_take_turns(kind);
+    }
+    s4c_set_threads(1);
+}
+
+}  // namespace
+
+int main() {
+    char names[256];
+    s4c_variants(names, sizeof(names));
+    CHECK(s4c_choose("nonsense") == -1);
+    std::string rest(names);
+    while (!rest.empty()) {
+        size_t comma = rest.find(',');
+        std::string name = rest.substr(0, comma);
+        check(name);
+        std::printf("%s: all equal\n", name.c_str());
+        std::fflush(stdout);
+        rest = comma == std::string::npos ? "" : rest.substr(comma + 1);
+    }
+}
