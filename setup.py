@@ -16,6 +16,7 @@ FLAGS = [
     "-fPIC",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-strict-aliasing",
     "-pthread",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",

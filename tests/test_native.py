@@ -31,12 +31,11 @@ from s4c.models.loading import choose_runtime, load_config, load_target
 from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear
 from s4c.models.stack import Rope, Stack, make_stack
-from s4c.verify.tree import ancestors
 
 SETS = library.instruction_sets() if library.problem() is None else []
 SIZES = (1, 7, 16, 17, 33, 80, 576)
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-ONE = torch.ones(1, 1, 1, dtype=torch.bool)
+ONE = torch.tensor([[-1]])
 
 pytestmark = pytest.mark.skipif(not SETS, reason="the C++ core is not built")
 each_set = pytest.mark.parametrize("name", SETS)
@@ -114,7 +113,8 @@ def fresh(stack: Stack, slot: int, x: Tensor) -> Tensor:
 
 
 def causal(count: int) -> Tensor:
-    return torch.ones(1, count, count, dtype=torch.bool).tril()
+    """[1, count]: the parents of a chain behind the committed rows."""
+    return torch.arange(-1, count - 1)[None]
 
 
 def path_to(parents: list[int], node: int) -> list[int]:
@@ -228,7 +228,7 @@ def test_empty_products_and_leading_dimensions(dtype: torch.dtype) -> None:
 def test_the_layers_are_those_of_torch(shape: LayerShape, options: dict[str, Any]) -> None:
     oracle = stack_of(shape, torch.float32, native=False, **options)
     parents = [-1, 0, 0, 1, 1, 2, 5, 5, 6]
-    x, tree = random(75, shape.hidden), ancestors(torch.tensor([parents]))
+    x, tree = random(75, shape.hidden), torch.tensor([parents])
     nodes = random(1, len(parents), shape.hidden, seed=1)
     oracle.reserve(1, 100)
     expected = torch.cat([prefill(oracle, 0, x, [70, 5]), oracle.run(nodes, tree)[0]])
@@ -283,7 +283,7 @@ def test_speculative_is_plain_bitwise(name: str, dtype: torch.dtype, data: st.Da
         for turn in range(2):
             parents = [data.draw(trees(nodes)) for _ in range(batch)]
             x = random(batch, nodes, shape.hidden, seed=10 + turn)
-            features = stack.run(x, ancestors(torch.tensor(parents)))
+            features = stack.run(x, torch.tensor(parents))
             for slot in range(batch):
                 path = path_to(parents[slot], data.draw(st.integers(0, nodes - 1)))
                 texts[slot] = torch.cat([texts[slot], x[slot, path]])
@@ -311,7 +311,7 @@ def test_a_pass_over_some_rows_knows_no_other_row(name: str, dtype: torch.dtype)
         assert torch.equal(steps(stack, 64, x), whole)
         alone = torch.cat([stack.run(row[None, None], ONE, 2) for row in x])
         for count in (1, 2, 7, 33, 64):
-            assert torch.equal(stack.run(x[:count, None], ONE.expand(count, 1, 1)), alone[:count])
+            assert torch.equal(stack.run(x[:count, None], ONE.expand(count, 1)), alone[:count])
 
 
 @each_dtype
@@ -329,15 +329,14 @@ def test_any_chunks_are_one_prefill_bitwise(dtype: torch.dtype, chunks: list[int
 def test_pending_rows_are_rows_of_one_pass_bitwise(name: str, dtype: torch.dtype) -> None:
     """What drafting does: levels of a tree in passes of their own, nothing committed between them."""
     stack = stack_of(SMALL, dtype)
-    parents = [-1, 0, 1, 1, 2, 3, 2, 5, 5, 7]
-    visible = ancestors(torch.tensor([parents, [-1, *range(9)]]))
-    x = random(2, len(parents), SMALL.hidden)
+    parents = torch.tensor([[-1, 0, 1, 1, 2, 3, 2, 5, 5, 7], [-1, *range(9)]])
+    x = random(2, 10, SMALL.hidden)
     stack.reserve(2, 40)
     with computing(name):
         prefill(stack, 0, random(21, SMALL.hidden, seed=1), [21])
-        whole = stack.run(x, visible)
+        whole = stack.run(x, parents)
         parts = [
-            stack.run(x[:, begin:end], visible[:, begin:end, :end], pending=begin)
+            stack.run(x[:, begin:end], parents[:, :end], pending=begin)
             for begin, end in ((0, 1), (1, 4), (4, 7), (7, 10))
         ]
     assert torch.equal(torch.cat(parts, 1), whole)
@@ -353,7 +352,7 @@ def test_threads_change_no_bit(name: str, dtype: torch.dtype) -> None:
         stack.reserve(3, 40)
         with computing(name, threads):
             assert library.threads() == threads
-            rows = [stack.run(random(3, count, 70), causal(count).expand(3, -1, -1)) for count in (1, 5, 17)]
+            rows = [stack.run(random(3, count, 70), causal(count).expand(3, -1)) for count in (1, 5, 17)]
             rows.append(NativeLinear(random(90, 70), None, dtype)(random(11, 70)))
         results.append(rows)
     for rows in results[1:]:
@@ -366,13 +365,13 @@ def test_a_broken_sequence_breaks_no_other(name: str, dtype: torch.dtype) -> Non
     """NaN and infinity in one sequence, in a rejected node, and in cache rows that were left behind."""
     stack = stack_of(SMALL, dtype)
     x = random(3, 9, SMALL.hidden)
-    visible = ancestors(torch.tensor([[-1, 0, 0, 1, 1, 2, 5, 5, 6]])).expand(3, -1, -1)
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 5, 5, 6]]).expand(3, -1)
     stack.reserve(3, 40)
     with computing(name):
-        whole = stack.run(x, visible)
+        whole = stack.run(x, parents)
         broken = x.clone()
         broken[1], broken[0, 3:5], broken[2, 8] = torch.nan, torch.inf, torch.nan
-        features = stack.run(broken, visible)
+        features = stack.run(broken, parents)
         assert torch.equal(features[0, [0, 1, 2, 5, 6, 7, 8]], whole[0, [0, 1, 2, 5, 6, 7, 8]])
         assert torch.equal(features[2, :8], whole[2, :8])
         assert features[1].isnan().all()
@@ -387,10 +386,10 @@ def test_room_grows_without_losing_what_is_cached(dtype: torch.dtype) -> None:
     x = random(40, SMALL.hidden)
     stack.reserve(2, 1)
     prefill(stack, 1, x, [40])
-    tree, visible = random(1, 3, SMALL.hidden, seed=1), ancestors(torch.tensor([[-1, 0, 0]]))
-    before = stack.run(tree, visible, 1)
+    tree, parents = random(1, 3, SMALL.hidden, seed=1), torch.tensor([[-1, 0, 0]])
+    before = stack.run(tree, parents, 1)
     stack.reserve(5, 1000)
-    assert torch.equal(stack.run(tree, visible, 1), before)
+    assert torch.equal(stack.run(tree, parents, 1), before)
     assert stack.lengths == [0, 40, 0, 0, 0]
 
 
@@ -509,3 +508,14 @@ def test_the_switch_forces_an_instruction_set() -> None:
     with computing(SETS[-1]):
         expected = NativeLinear(weight, None, torch.float32)(x)
     assert found.stdout.split() == [SETS[-1], expected.numpy().tobytes().hex()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_computes_with_threads_of_its_own() -> None:
+    x, product = random(3, 64), NativeLinear(random(48, 64), None, torch.float32)
+    with computing(SETS[0], threads=2):
+        expected = product(x)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(product(x), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0

@@ -35,7 +35,7 @@ from s4c.drafters.base import (
     finish,
 )
 from s4c.models.base import Target
-from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
 from s4c.models.stack import Rope, make_stack
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import TreeBuilder
@@ -97,10 +97,9 @@ class S4CHead(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(config.layers))
         self.norm = RMSNorm(shape.hidden, shape.eps) if config.normed_output else None
 
-    def forward(self, embedding: Tensor, feature: Tensor) -> Tensor:
-        """The layers' input: [B, N, d] of [B, N, d] embeddings and features."""
-        joined: Tensor = self.join(torch.cat([self.embedding_norm(embedding), feature.float()], -1))
-        return joined.float()
+    def entrance(self) -> Join:
+        """What makes the layers' input of the pair (embedding, feature)."""
+        return Join(self.embedding_norm, self.join)
 
     def output(self, x: Tensor) -> Tensor:
         """The feature that goes to the LM head and to the next head."""
@@ -160,7 +159,7 @@ class S4CModel(DraftModel):
         feature = batch.features
         predictions = []
         for head in self.each_head():
-            x = head(embedding, F.pad(feature, (0, 0, 1, 0))[:, :-1])
+            x = head.entrance()(torch.cat([embedding, F.pad(feature.float(), (0, 0, 1, 0))[:, :-1]], -1))
             mask = grouped_mask(causal, self.shape, _product_dtype(x))
             for layer in head.layers:
                 x = layer(x, rotary, mask)
@@ -236,7 +235,6 @@ class _Rows:
 
     Attributes:
         tokens: [B, R] int64.
-        visible: [B, R, R] bool, which rows a row attends to.
         parents: [B, R] int64, the row of the position before; -1 for the first one.
         frontier: [B, W] int64, the rows whose children are drafted next.
         committed: B numbers of committed rows; those after them, up to the longest, are padding.
@@ -244,11 +242,8 @@ class _Rows:
 
     def __init__(self, tokens: Tensor, counts: Tensor) -> None:
         batch, size = tokens.shape
-        column = torch.arange(size, device=tokens.device)
-        real = column < counts[:, None]
         self.tokens = tokens
-        self.visible = ((column <= column[:, None]) & real[:, None]) | (column == column[:, None])
-        self.parents = (column - 1).expand(batch, -1)
+        self.parents = torch.arange(-1, size - 1, device=tokens.device).expand(batch, -1)
         self.frontier = counts[:, None] - 1
         self.committed: list[int] = counts.tolist()
         self._frontier_nodes = torch.zeros_like(self.frontier)
@@ -263,12 +258,9 @@ class _Rows:
         parent_nodes = builder.parents.gather(1, nodes)
         above = (parent_nodes[..., None] == self._frontier_nodes[:, None]).max(-1).indices
         parents = self.frontier.gather(1, above)
-        batch, width = nodes.shape
-        sees = self.visible.gather(1, parents[..., None].expand(-1, -1, self.count))
-        itself = torch.eye(width, dtype=torch.bool, device=nodes.device).expand(batch, -1, -1)
-        self.visible = torch.cat([F.pad(self.visible, (0, width)), torch.cat([sees, itself], -1)], 1)
+        width = nodes.shape[1]
         self.tokens = torch.cat([self.tokens, builder.tokens.gather(1, nodes)], 1)
-        self.frontier = torch.arange(self.count - width, self.count, device=nodes.device).expand(batch, -1)
+        self.frontier = torch.arange(self.count - width, self.count, device=nodes.device).expand_as(nodes)
         self.parents = torch.cat([self.parents, parents], 1)
         self._frontier_nodes = nodes
 
@@ -291,17 +283,18 @@ class S4CDrafter(Drafter):
         self.default_tree = f"best:16x{self.default_depth + 2}"
         self.token_ids = model.token_ids.to(self.device)
         self._embedding = target.embedding_weight()
-        self.heads = [copy.deepcopy(head).to(self.device).eval() for head in model.each_head()]
         self.lm_head = model.lm_head().to(self.device)
         native = target.runtime == "native"
         rope = Rope(model.frequencies(self.device))
         self._stacks = []
-        for head in self.heads:
-            stack = make_stack(len(head.layers), model.shape, rope, dtype, self.device, native, head.norm)
+        for trained in model.each_head():
+            head = copy.deepcopy(trained).to(self.device).eval()
+            stack = make_stack(
+                len(head.layers), model.shape, rope, dtype, self.device, native, head.norm, head.entrance()
+            )
             for index, layer in enumerate(head.layers):
                 assert isinstance(layer, DecoderLayer)
                 stack.place(index, layer)
-            head.join.pack(dtype, native)
             self._stacks.append(stack)
         pack(self.lm_head, dtype, native)
         self._slots: dict[int, _Slot] = {}
@@ -316,7 +309,7 @@ class S4CDrafter(Drafter):
         for stack in self._stacks:
             stack.lengths[slot] = 0
         before = F.pad(features.float(), (0, 0, 1, 0))
-        state = _Slot([], before[-1:], before.new_zeros(len(self.heads) - 1, before.shape[1]))
+        state = _Slot([], before[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
             rows = _Rows(chunk, torch.tensor([chunk.shape[1]], device=self.device))
@@ -337,7 +330,7 @@ class S4CDrafter(Drafter):
         while builder.open:
             if builder.level:
                 rows.expand(builder)
-            if len(outputs) < len(self.heads):
+            if len(outputs) < len(self._stacks):
                 inputs = self._inputs(rows, outputs, features, carry)
                 outputs.append(self._run(len(outputs), rows, inputs))
             else:
@@ -385,14 +378,14 @@ class S4CDrafter(Drafter):
     def _run(self, index: int, rows: _Rows, inputs: Tensor, first_slot: int = 0) -> Tensor:
         """[B, R', d]: one head over the last R' rows of a round, as many as there are inputs."""
         pending = rows.count - inputs.shape[1]
-        x = self.heads[index](self._embedding[rows.tokens[:, pending:]], inputs)
-        return self._stacks[index].run(x, rows.visible[:, pending:], first_slot, pending)
+        pairs = torch.cat([self._embedding[rows.tokens[:, pending:]].to(inputs.dtype), inputs], -1)
+        return self._stacks[index].run(pairs, rows.parents, first_slot, pending)
 
     def _run_remaining(
         self, outputs: list[Tensor], rows: _Rows, features: Tensor, carry: Tensor, first_slot: int = 0
     ) -> list[Tensor]:
         """Run the heads that have not run yet, so that the caches of all heads stay level."""
-        while len(outputs) < len(self.heads):
+        while len(outputs) < len(self._stacks):
             outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), first_slot))
         return outputs
 

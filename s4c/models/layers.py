@@ -117,6 +117,24 @@ class RMSNorm(nn.Module):
 
 
 @dataclass(frozen=True)
+class Join:
+    """Makes one input of a pair, [..., 2d] -> [..., d] float32: its first half is normed.
+
+    Attributes:
+        norm: of the first half.
+        linear: 2d -> d.
+    """
+
+    norm: RMSNorm
+    linear: Linear
+
+    def __call__(self, pair: Tensor) -> Tensor:
+        first, second = pair.chunk(2, -1)
+        joined: Tensor = self.linear(torch.cat([self.norm(first), second.float()], -1))
+        return joined.float()
+
+
+@dataclass(frozen=True)
 class LayerShape:
     """Sizes and options of a decoder layer.
 

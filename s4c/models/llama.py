@@ -17,7 +17,6 @@ from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
 from s4c.models.stack import Rope, make_stack
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify import tree as trees
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -127,14 +126,14 @@ class LlamaTarget(Target):
         features = [torch.empty(0, self.spec.hidden_size, device=self.device)]
         for chunk in tokens.to(self.device).split(PREFILL_CHUNK) if tokens.shape[0] else ():
             count = chunk.shape[0]
-            causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
-            features.append(self._stack.run(self._embedding[chunk].float()[None], causal, slot)[0])
+            chain = torch.arange(-1, count - 1, device=self.device)[None]
+            features.append(self._stack.run(self._embedding[chunk][None], chain, slot)[0])
             self._stack.keep(slot, list(range(count)))
         return torch.cat(features)
 
     @torch.no_grad()
     def verify(self, tree: DraftTree) -> TargetOutput:
-        features = self._stack.run(self._embedding[tree.tokens].float(), trees.ancestors(tree.parents))
+        features = self._stack.run(self._embedding[tree.tokens], tree.parents)
         return TargetOutput(logits=self.head(features).float(), features=features)
 
     def commit(self, verdict: Verdict) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from s4c.models.cache import KVCache
-from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm, Rotary, grouped_mask, pack
+from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm, Rotary, grouped_mask, pack
+from s4c.verify.tree import ancestors
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Rope:
 
 
 class Stack(ABC):
-    """Decoder layers, and the norm after them where there is one.
+    """Decoder layers; a join before them and a norm after them where there are such.
 
     Attributes:
         lengths: the committed rows of each slot.
@@ -45,13 +46,14 @@ class Stack(ABC):
         """Make room for `slots` sequences of `length` rows each; cached rows stay."""
 
     @abstractmethod
-    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
         """Append the rows of a pass and run the layers.
 
         Args:
-            x: [B, N, d] float32, rows for the slots from `first_slot` on.
-            visible: [B, N, pending + N] bool: which uncommitted rows a row sees, itself among them, beside all
-                committed ones. A row stands one position behind the last row that it sees.
+            x: [B, N, d], rows for the slots from `first_slot` on; [B, N, 2d] where a join comes first.
+            parents: [B, pending + N] int64: the uncommitted row one position before each uncommitted row,
+                smaller than its own; -1 where it follows the committed ones. A row sees these, and the
+                uncommitted rows from parent to parent.
             pending: uncommitted rows of earlier calls that still stand in each slot.
 
         Returns:
@@ -78,11 +80,15 @@ class TorchStack(Stack):
         dtype: torch.dtype,
         device: torch.device,
         norm: RMSNorm | None = None,
+        join: Join | None = None,
     ) -> None:
         self._shape = shape
         self._rope = Rope(rope.frequencies.to(device), rope.scaling)
         self._dtype = dtype
         self._norm = norm
+        self._join = join
+        if join is not None:
+            join.linear.pack(dtype)
         self._layers: dict[int, DecoderLayer] = {}
         self._cache = KVCache(layers, shape.kv_heads, shape.head_dim, dtype, device)
         self.lengths = self._cache.lengths
@@ -94,12 +100,14 @@ class TorchStack(Stack):
     def reserve(self, slots: int, length: int) -> None:
         self._cache.reserve(slots, length)
 
-    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
         batch, count, _ = x.shape
+        visible = ancestors(parents)[:, pending:]
         view = self._cache.view(slice(first_slot, first_slot + batch), count, pending)
         positions = view.lengths[:, None] + visible.sum(-1) - 1
         rotary = Rotary(positions, self._rope.frequencies, self._rope.scaling)
         mask = grouped_mask(view.mask(visible), self._shape, self._dtype)
+        x = x.float() if self._join is None else self._join(x)
         for index in range(len(self._layers)):
             x = self._layers[index](x, rotary, mask, view, index)
         return x if self._norm is None else self._norm(x)
@@ -119,10 +127,11 @@ def make_stack(
     device: torch.device,
     native: bool,
     norm: RMSNorm | None = None,
+    join: Join | None = None,
 ) -> Stack:
     """An empty stack of the runtime asked for."""
     if not native:
-        return TorchStack(layers, shape, rope, dtype, device, norm)
+        return TorchStack(layers, shape, rope, dtype, device, norm, join)
     from s4c.models.native.stack import NativeStack
 
-    return NativeStack(layers, shape, rope, dtype, norm)
+    return NativeStack(layers, shape, rope, dtype, norm, join)

@@ -303,7 +303,8 @@ def highest(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = x.shape[-1]
     if size % MAXIMUM_BLOCK:
-        return tuple(x.max(-1))
+        value, index = x.max(-1)
+        return value, index
     blocks = x.unflatten(-1, (-1, MAXIMUM_BLOCK))
     best, block = blocks.amax(-1).max(-1)
     inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, MAXIMUM_BLOCK))[..., 0, :].max(-1).indices

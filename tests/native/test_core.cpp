@@ -17,7 +17,7 @@ int s4c_choose(const char* name);
 void s4c_set_threads(int threads);
 int s4c_threads();
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const uint8_t* visible);
+             int first_slot, const int32_t* lengths, const int64_t* parents);
 int s4c_linear(const Linear* linear, const float* x, int count, float* out);
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
 }
@@ -33,6 +33,7 @@ void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot,
 namespace {
 
 using Floats = std::vector<float>;
+using Parents = std::vector<int64_t>;
 
 size_t up(int size, int unit) { return static_cast<size_t>((size + unit - 1) / unit * unit); }
 
@@ -118,18 +119,18 @@ struct Model {
             layers.push_back({norm.data(), heads, heads, norm.data(), weights[4 * l].c, weights[4 * l + 1].c,
                               weights[4 * l + 2].c, weights[4 * l + 3].c});
         stack = {shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, LAYERS, 1e-5f, 1.0f,
-                 frequencies.data(), norm.data(), layers.data()};
+                 frequencies.data(), norm.data(), nullptr, {}, layers.data()};
         size_t cells = static_cast<size_t>(LAYERS * SLOTS * shape.kv_heads) * ROWS / (kind == FLOAT32 ? 1 : 2);
         keys.resize(cells * static_cast<size_t>(shape.head_dim));
         values.resize(cells * up(shape.head_dim, 16));
         cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
     }
 
-    Floats run(const Floats& x, int batch, int first_slot, const std::vector<uint8_t>& visible, int pending = 0) const {
+    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0) const {
         Floats out(x.size());
         int count = static_cast<int>(x.size()) / shape.hidden / batch;
-        CHECK(visible.size() == static_cast<size_t>(batch * count * (pending + count)));
-        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], visible.data()) == 0);
+        CHECK(parents.size() == static_cast<size_t>(batch * (pending + count)));
+        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data()) == 0);
         return out;
     }
 
@@ -148,26 +149,18 @@ struct Model {
     std::vector<Floats> steps(int slot, const std::vector<Floats>& rows) {
         std::vector<Floats> out;
         for (const auto& x : rows) {
-            out.push_back(run(x, 1, slot, {1}));
+            out.push_back(run(x, 1, slot, {-1}));
             keep(slot, {0});
         }
         return out;
     }
 };
 
-std::vector<uint8_t> sees(const std::vector<int>& parents) {
-    size_t n = parents.size();
-    std::vector<uint8_t> visible(n * n);
-    for (size_t i = 0; i < n; i++)
-        for (int at = static_cast<int>(i); at >= 0; at = parents[static_cast<size_t>(at)]) visible[i * n + static_cast<size_t>(at)] = 1;
-    return visible;
-}
-
 bool same(const Floats& a, const Floats& b) { return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0; }
 
-std::vector<int> random_tree(int nodes, std::mt19937& generator) {
-    std::vector<int> parents{-1};
-    for (int i = 1; i < nodes; i++) parents.push_back(static_cast<int>(generator() % static_cast<unsigned>(i)));
+Parents random_tree(int nodes, std::mt19937& generator) {
+    Parents parents{-1};
+    for (int i = 1; i < nodes; i++) parents.push_back(static_cast<int64_t>(generator() % static_cast<unsigned>(i)));
     return parents;
 }
 
@@ -180,20 +173,20 @@ void speculative_is_plain(int kind, const Shape& shape, int prompt, int nodes, u
     for (int slot = 0; slot < 2; slot++) {
         int count = prompt + 5 * slot;
         Floats x = noise(static_cast<size_t>(count) * d, seed + 20 + static_cast<unsigned>(slot));
-        std::vector<int> chain;
+        Parents chain;
         std::vector<int32_t> all;
         for (int i = 0; i < count; i++) chain.push_back(i - 1), all.push_back(i), texts[slot].push_back(model.row(x, static_cast<size_t>(i)));
-        if (count) model.run(x, 1, slot, sees(chain)), model.keep(slot, all);
+        if (count) model.run(x, 1, slot, chain), model.keep(slot, all);
     }
     for (int turn = 0; turn < 2; turn++) {
-        std::vector<int> parents[2] = {random_tree(nodes, generator), random_tree(nodes, generator)};
-        std::vector<uint8_t> visible = sees(parents[0]), other = sees(parents[1]);
-        visible.insert(visible.end(), other.begin(), other.end());
+        Parents parents[2] = {random_tree(nodes, generator), random_tree(nodes, generator)};
+        Parents both = parents[0];
+        both.insert(both.end(), parents[1].begin(), parents[1].end());
         Floats x = noise(2 * static_cast<size_t>(nodes) * d, seed + 30 + static_cast<unsigned>(turn));
-        Floats features = model.run(x, 2, 0, visible);
+        Floats features = model.run(x, 2, 0, both);
         for (int slot = 0; slot < 2; slot++) {
             std::vector<int32_t> path;
-            for (int at = nodes - 1; at >= 0; at = parents[slot][static_cast<size_t>(at)]) path.insert(path.begin(), at);
+            for (int64_t at = nodes - 1; at >= 0; at = parents[slot][static_cast<size_t>(at)]) path.insert(path.begin(), static_cast<int32_t>(at));
             for (int32_t node : path) texts[slot].push_back(model.row(x, static_cast<size_t>(slot * nodes + node)));
             const int threads = s4c_threads();
             s4c_set_threads(1);
@@ -210,9 +203,9 @@ void speculative_is_plain(int kind, const Shape& shape, int prompt, int nodes, u
     // Levels in passes of their own, behind one another uncommitted.
     Floats first = noise(2 * d, seed + 40), second = noise(d, seed + 41), whole = first;
     whole.insert(whole.end(), second.begin(), second.end());
-    Floats expected = model.run(whole, 1, 1, sees({-1, 0, 1}));
-    model.run(first, 1, 1, sees({-1, 0}));
-    CHECK(same(model.run(second, 1, 1, {1, 1, 1}, 2), model.row(expected, 2)));
+    Floats expected = model.run(whole, 1, 1, {-1, 0, 1});
+    model.run(first, 1, 1, {-1, 0});
+    CHECK(same(model.run(second, 1, 1, {-1, 0, 1}, 2), model.row(expected, 2)));
 }
 
 void rows_know_no_other(int kind, int inputs, int outputs, unsigned seed) {
@@ -237,11 +230,11 @@ void callers_take_turns(int kind) {
         callers.emplace_back([&, caller] {
             Model model(kind, shape, caller);
             Floats x = noise(7 * 20, caller);
-            auto visible = sees({-1, 0, 0, 1, 1, 2, 5});
-            Floats expected = model.run(x, 1, 0, visible);
+            Parents parents{-1, 0, 0, 1, 1, 2, 5};
+            Floats expected = model.run(x, 1, 0, parents);
             for (int turn = 0; turn < 12; turn++) {
                 if (caller == 0) s4c_set_threads(1 + turn % 4);
-                if (!same(model.run(x, 1, turn % 2, visible), expected)) wrong = true;
+                if (!same(model.run(x, 1, turn % 2, parents), expected)) wrong = true;
             }
         });
     for (auto& caller : callers) caller.join();

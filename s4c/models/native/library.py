@@ -55,6 +55,8 @@ class CStack(Structure):
         ("rope_scale", c_float),
         ("frequencies", c_void_p),
         ("final_norm", c_void_p),
+        ("join_norm", c_void_p),
+        ("join", CLinear),
         ("layer", POINTER(CLayer)),
     ]
 

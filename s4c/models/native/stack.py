@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from s4c.models.cache import ROWS_PER_GROWTH
-from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
+from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm
 from s4c.models.native import library
-from s4c.models.native.library import CCache, CLayer, CStack
+from s4c.models.native.library import CCache, CLayer, CLinear, CStack
 from s4c.models.native.linear import BLOCK, NativeLinear
 from s4c.models.stack import Rope, Stack
 
@@ -20,7 +20,13 @@ class NativeStack(Stack):
     """`Stack` on the native kernels; the cache holds keys in blocks of sixteen rows, as the kernels read them."""
 
     def __init__(
-        self, layers: int, shape: LayerShape, rope: Rope, dtype: torch.dtype, norm: RMSNorm | None = None
+        self,
+        layers: int,
+        shape: LayerShape,
+        rope: Rope,
+        dtype: torch.dtype,
+        norm: RMSNorm | None = None,
+        join: Join | None = None,
     ) -> None:
         super().__init__()
         self._shape = shape
@@ -29,6 +35,9 @@ class NativeStack(Stack):
         self._frequencies = rope.frequencies.float().contiguous()
         self._final_norm = None if norm is None else norm.weight.data.float().contiguous()
         self._layers = (CLayer * layers)()
+        self._width = shape.hidden if join is None else 2 * shape.hidden
+        self._join_norm = None if join is None else join.norm.weight.data.float().contiguous()
+        self._join = None if join is None else NativeLinear(join.linear.weight, join.linear.bias, dtype)
         self._kept: dict[int, list[Any]] = {}
         self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
         self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
@@ -43,6 +52,8 @@ class NativeStack(Stack):
             rope.scaling,
             self._frequencies.data_ptr(),
             None if self._final_norm is None else self._final_norm.data_ptr(),
+            None if self._join_norm is None else self._join_norm.data_ptr(),
+            CLinear() if self._join is None else self._join.c,
             self._layers,
         )
         self._cache = CCache(half=int(self._cell != torch.float32))
@@ -74,15 +85,16 @@ class NativeStack(Stack):
         self._cache.slots, self._cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
-    def run(self, x: Tensor, visible: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
-        batch, count, _ = x.shape
+    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+        batch, count, width = x.shape
         slots = slice(first_slot, first_slot + batch)
         self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
-        x, visible = x.float().contiguous(), visible.contiguous()
-        assert visible.shape == (batch, count, pending + count)
-        assert visible.dtype == torch.bool
+        x, parents = x.float().contiguous(), parents.contiguous()
+        assert width == self._width
+        assert parents.shape == (batch, pending + count)
+        assert parents.dtype == torch.int64
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
-        out = torch.empty_like(x)
+        out = torch.empty(batch, count, self._shape.hidden)
         status = library.core().s4c_pass(
             ctypes.byref(self._stack),
             ctypes.byref(self._cache),
@@ -93,7 +105,7 @@ class NativeStack(Stack):
             pending,
             first_slot,
             lengths,
-            visible.data_ptr(),
+            parents.data_ptr(),
         )
         library.check(status)
         return out

@@ -14,6 +14,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__unix__)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -165,15 +168,26 @@ class Buffer {
 struct Core {
     std::mutex mutex;  // one pass at a time
     Pool pool;
+    int threads = 1;
     const Variant* variant = nullptr;
     Buffer x, wide, inputs, scales, context, angles, scores;
     std::vector<int32_t> slot, prefix, path_start, path;
 };
 
-Core& core() {
-    static Core* the = new Core;  // never destroyed: threads may outlive static objects
-    return *the;
+Core* the_core = new Core;  // never destroyed: threads may outlive static objects
+
+#if defined(__unix__)
+// A forked child has none of the threads: it starts afresh and leaves the parent's core alone.
+void start_afresh() {
+    auto* fresh = new Core;
+    fresh->variant = the_core->variant;
+    fresh->threads = the_core->threads;
+    the_core = fresh;
 }
+const int at_fork = pthread_atfork(nullptr, nullptr, start_afresh);
+#endif
+
+Core& core() { return *the_core; }
 
 size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -182,21 +196,21 @@ size_t input_bytes(const Linear& linear) {
     return static_cast<size_t>(linear.padded) * width;
 }
 
-// The visible rows of each new row, as a prefix and a path of cache rows; a path that goes on where the prefix
-// ends becomes part of it.
-void read_rows(Core& c, int batch, int count, int pending, int first_slot, const int32_t* lengths, const uint8_t* visible) {
+// The rows that each new row sees, as a prefix and a path of cache rows: up from parent to parent. A path that goes
+// on where the prefix ends becomes part of it.
+void read_rows(Core& c, int batch, int count, int pending, int first_slot, const int32_t* lengths, const int64_t* parents) {
     c.slot.clear(), c.prefix.clear(), c.path_start.assign(1, 0), c.path.clear();
-    int columns = pending + count;
-    for (int b = 0; b < batch; b++)
-        for (int r = 0; r < count; r++) {
-            const uint8_t* sees = visible + (static_cast<size_t>(b) * static_cast<size_t>(count) + static_cast<size_t>(r)) * static_cast<size_t>(columns);
-            int own = pending + r, first = 0;
-            while (first < own && sees[first]) first++;
+    for (int b = 0; b < batch; b++, parents += pending + count)
+        for (int r = pending; r < pending + count; r++) {
+            size_t start = c.path.size();
+            for (int64_t row = r; row >= 0; row = parents[row]) c.path.push_back(lengths[b] + static_cast<int32_t>(row));
+            std::reverse(c.path.begin() + static_cast<std::ptrdiff_t>(start), c.path.end());
+            size_t joined = start;
+            int32_t prefix = lengths[b];
+            while (joined + 1 < c.path.size() && c.path[joined] == prefix) joined++, prefix++;
+            c.path.erase(c.path.begin() + static_cast<std::ptrdiff_t>(start), c.path.begin() + static_cast<std::ptrdiff_t>(joined));
             c.slot.push_back(first_slot + b);
-            c.prefix.push_back(lengths[b] + first);
-            for (int i = first; i < own; i++)
-                if (sees[i]) c.path.push_back(lengths[b] + i);
-            c.path.push_back(lengths[b] + own);
+            c.prefix.push_back(prefix);
             c.path_start.push_back(static_cast<int32_t>(c.path.size()));
         }
 }
@@ -246,29 +260,32 @@ int s4c_choose(const char* name) {
 
 void s4c_set_threads(int threads) {
     std::lock_guard<std::mutex> lock(core().mutex);
-    core().pool.resize(threads);
+    core().threads = threads;
 }
 
 int s4c_threads() {
     std::lock_guard<std::mutex> lock(core().mutex);
-    return core().pool.size();
+    return core().threads;
 }
 
-// x [batch * count, hidden] through the layers of a stack, appended to slots first_slot ... of the cache behind
-// `pending` uncommitted rows. visible [batch, count, pending + count] bytes. 0, or -1 where memory ran out.
+// x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
+// the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
+// where the committed ones end. 0, or -1 where memory ran out.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const uint8_t* visible) {
+             int first_slot, const int32_t* lengths, const int64_t* parents) {
     Core& c = core();
     std::lock_guard<std::mutex> lock(c.mutex);
     try {
-        read_rows(c, batch, count, pending, first_slot, lengths, visible);
+        c.pool.resize(c.threads);
+        read_rows(c, batch, count, pending, first_slot, lengths, parents);
         size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
         size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
         size_t widest = qkv;
-        for (size_t size : {hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
+        for (size_t size : {stack->join_norm ? 2 * hidden : hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
         size_t input = 0;
         const Layer& first = *stack->layer;
         for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) input = std::max(input, input_bytes(*linear));
+        if (stack->join_norm) input = std::max(input, input_bytes(stack->join));
         Scratch s;
         s.wide_stride = round_up(widest, 16) + 16;
         s.input_stride = round_up(input, 64) + 64;
@@ -281,10 +298,9 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         s.context = c.context.get<float>(n * s.wide_stride);
         s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
         s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
-        std::memcpy(s.x, x, n * hidden * sizeof(float));
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
         auto kernel = c.variant->kernels()->pass;
-        c.pool.run([&](Team team) { kernel(*stack, *cache, rows, s, out, team); });
+        c.pool.run([&](Team team) { kernel(*stack, *cache, rows, x, s, out, team); });
         return 0;
     } catch (const std::bad_alloc&) {
         return -1;
@@ -297,6 +313,7 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     std::lock_guard<std::mutex> lock(c.mutex);
     try {
         size_t n = static_cast<size_t>(count);
+        c.pool.resize(c.threads);
         Scratch s{};
         s.input_stride = round_up(input_bytes(*linear), 64) + 64;
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);

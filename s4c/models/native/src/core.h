@@ -29,13 +29,16 @@ struct Layer {
     Linear down;
 };
 
-// Decoder layers, and the norm after the last of them (or null).
+// Decoder layers, and the norm after the last of them (or null). With a join the rows of a pass are pairs, [2 hidden]:
+// the first half is normed and the join makes the layers' input of both.
 struct Stack {
     int32_t hidden, intermediate, heads, kv_heads, head_dim, layers;
     float eps;
     float rope_scale;
     const float* frequencies;  // [head_dim / 2]
     const float* final_norm;
+    const float* join_norm;  // or null: no join
+    Linear join;
     const Layer* layer;
 };
 
@@ -78,7 +81,7 @@ struct Scratch {
 };
 
 struct Kernels {
-    void (*pass)(const Stack&, const Cache&, const Rows&, Scratch&, float* out, Team);
+    void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
     void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
 };
 

@@ -693,18 +693,40 @@ void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s
     }
 }
 
-void pass(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, float* out, Team team) {
+// The layers' input: the rows as they are, or the join of their halves.
+void enter(const Stack& stack, const float* x, int count, Scratch& s, const Team& team) {
+    size_t hidden = static_cast<size_t>(stack.hidden);
+    Span mine = share(count, team);
+    for (int r = mine.begin; r < mine.end; r++) {
+        if (!stack.join_norm) {
+            std::memcpy(s.x + hidden * static_cast<size_t>(r), x + hidden * static_cast<size_t>(r), sizeof(float) * hidden);
+            continue;
+        }
+        const float* pair = x + 2 * hidden * static_cast<size_t>(r);
+        float* normed = s.context + s.wide_stride * static_cast<size_t>(r);
+        norm_row(pair, stack.join_norm, stack.hidden, stack.eps, normed);
+        std::memcpy(normed + hidden, pair + hidden, sizeof(float) * hidden);
+        prepare_row(stack.join, normed, r, s);
+    }
+    if (stack.join_norm) {
+        wait(team);
+        product(stack.join, count, s, Into::SET, s.x, hidden, team);
+    }
+}
+
+void pass(const Stack& stack, const Cache& cache, const Rows& rows, const float* x, Scratch& s, float* out, Team team) {
     Tiles tiles;
+    enter(stack, x, rows.count, s, team);
     turn_angles(stack, rows, s, team);
     if (cache.half) layers<uint16_t>(stack, cache, rows, s, team);
     else layers<float>(stack, cache, rows, s, team);
     Span mine = share(rows.count, team);
     size_t hidden = static_cast<size_t>(stack.hidden);
     for (int r = mine.begin; r < mine.end; r++) {
-        const float* x = s.x + hidden * static_cast<size_t>(r);
+        const float* last = s.x + hidden * static_cast<size_t>(r);
         float* y = out + hidden * static_cast<size_t>(r);
-        if (stack.final_norm) norm_row(x, stack.final_norm, stack.hidden, stack.eps, y);
-        else std::memcpy(y, x, sizeof(float) * hidden);
+        if (stack.final_norm) norm_row(last, stack.final_norm, stack.hidden, stack.eps, y);
+        else std::memcpy(y, last, sizeof(float) * hidden);
     }
 }
 
