@@ -88,7 +88,7 @@ def test_the_package_gives_its_face_when_asked() -> None:
         (["generate", "x", "--threads", "0"], 2, "threads is 0; it must be at least 1"),
         (["generate", "x", "--tree", "bush:3"], 2, "tree 'bush:3' is not known; it must be comb:K"),
         (["generate", "x", "--rule", "luck"], 2, "must be one of coupled, rejection"),
-        (["generate", "x", "--drafter", "nobody"], 2, "it must be auto, none, ngram"),
+        (["generate", "x", "--drafter", "nobody"], 2, "it must be auto, none, shipped, ngram"),
         (["generate", "x", "--dtype", "int3"], 2, "must be one of auto, float32"),
         (["generate", "x", "--raw", "--system", "y"], 2, "--system is for chats"),
         (["generate", "x" * 200], 2, "the context of"),

@@ -344,7 +344,7 @@ def test_an_empty_prompt_is_refused(chatty: LLM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"drafter": "nobody"}, "auto, none, ngram"),
+        ({"drafter": "nobody"}, "auto, none, shipped, ngram"),
         ({"tree": "star:3"}, "comb:K"),
         ({"rule": "majority"}, "coupled, rejection"),
         ({"max_batch": 0}, "max_batch"),

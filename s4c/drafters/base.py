@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Sequences:
 class Drafter(ABC):
     """A method that guesses what the target will write."""
 
-    name: ClassVar[str]
+    name: str
     default_tree: str
     """The tree that `--tree auto` stands for, as `TreePlan.parse` reads it."""
 

@@ -18,6 +18,7 @@ import torch
 from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, NoDrafter
 from s4c.drafters.checkpoint import load_drafter, read_checkpoint
+from s4c.drafters.combined import CombinedDrafter
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
 from s4c.errors import BadLogits
@@ -57,8 +58,9 @@ class LLM:
     Args:
         target: a built-in alias (`smollm2-135m`), a local Hugging Face directory, a GGUF file or a hub id;
             or a loaded target.
-        drafter: `auto` (the shipped drafter for this target if there is one, else n-gram lookup), `none`
-            (plain decoding), the name of a method without training, a checkpoint directory, or a drafter.
+        drafter: `auto` (`shipped+ngram` where a drafter for this target comes with s4c, else `ngram`), `none`
+            (plain decoding), `shipped`, the name of a method without training, a checkpoint directory, two of
+            these joined by `+` (one tree of both), or a drafter.
         rule: `coupled` or `rejection`.
         tree: `comb:K`, `best:N`, `chain:D`, or `auto` for what the drafter recommends.
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
@@ -271,17 +273,24 @@ def choose_drafter(name: str | Path, target: Target) -> Drafter:
     if name == "none":
         return NoDrafter()
     if name == "auto":
+        return choose_drafter("shipped+ngram" if shipped_for(target) else "ngram", target)
+    if name == "shipped":
         shipped = shipped_for(target)
-        return load_drafter(shipped, target, METHODS) if shipped else choose_drafter("ngram", target)
+        if shipped is None:
+            raise ValueError(f"no drafter for {target.spec.name} comes with s4c; train one (s4c train), or give ngram")
+        return load_drafter(shipped, target, METHODS)
     if name in ready:
         create = ready[str(name)].create
         assert create is not None
         return create(target)
     if Path(name).is_dir():
         return load_drafter(Path(name), target, METHODS)
+    first, plus, second = str(name).rpartition("+")
+    if plus and first and second and "none" not in (first, second):
+        return CombinedDrafter(choose_drafter(first, target), choose_drafter(second, target))
     raise ValueError(
-        f"drafter {str(name)!r} is not known; it must be auto, none, {', '.join(ready)}, "
-        "or the directory of a checkpoint"
+        f"drafter {str(name)!r} is not known; it must be auto, none, shipped, {', '.join(ready)}, "
+        "the directory of a checkpoint, or two of them joined by +"
     )
 
 

@@ -99,6 +99,46 @@ def from_paths(roots: Tensor, paths: Sequence[Sequence[Sequence[int]]], budget: 
     )
 
 
+def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
+    """Add the candidates of another tree with the same roots; nodes that both have are shared.
+
+    Args:
+        tree: comes whole into the outcome, its columns unchanged; none of its rows is sampled.
+        other: nodes come with their ancestors or not at all.
+        budget: most nodes of the outcome, no fewer than those of `tree`.
+    """
+    rows = []
+    for row in range(tree.tokens.shape[0]):
+        tokens, parents, candidate = (t[row].tolist() for t in (tree.tokens, tree.parents, tree.candidate))
+        child: dict[tuple[int, int], int] = {}
+        for column, key in enumerate(zip(parents, tokens, strict=True)):
+            if candidate[column]:
+                child.setdefault(key, column)
+        place = {0: 0}
+        for column in other.candidate[row].nonzero()[:, 0].tolist():
+            parent = place.get(int(other.parents[row, column]))
+            if parent is None:
+                continue
+            key = (parent, int(other.tokens[row, column]))
+            if key not in child and len(tokens) < budget:
+                child[key] = len(tokens)
+                tokens.append(key[1])
+                parents.append(parent)
+                candidate.append(True)
+            if key in child:
+                place[column] = child[key]
+        rows.append((tokens, parents, candidate))
+    size = max(len(tokens) for tokens, _, _ in rows)
+    pads = [size - len(tokens) for tokens, _, _ in rows]
+    device = tree.tokens.device
+    return DraftTree(
+        tokens=torch.tensor([t + [0] * pad for (t, _, _), pad in zip(rows, pads, strict=True)], device=device),
+        parents=torch.tensor([p + [0] * pad for (_, p, _), pad in zip(rows, pads, strict=True)], device=device),
+        candidate=torch.tensor([c + [False] * pad for (_, _, c), pad in zip(rows, pads, strict=True)], device=device),
+        sampled=tree.sampled,
+    )
+
+
 @dataclass(frozen=True)
 class TreePlan:
     """The shape and size of the trees to draft.
@@ -144,6 +184,12 @@ class TreePlan:
         if self.depth:
             return self
         return TreePlan(self.kind, self.width, depth, self.width * depth + 1 if self.kind == "comb" else self.nodes)
+
+    def leaving(self, nodes: int) -> TreePlan:
+        """The same plan with fewer nodes, where their number is free; at least one is left to guess with."""
+        if self.kind != "best" or nodes == 0:
+            return self
+        return TreePlan(self.kind, self.width, self.depth, max(2, self.nodes - nodes))
 
     def grow(self, roots: Tensor) -> TreeBuilder:
         """Start a tree below each root, [B] int64."""

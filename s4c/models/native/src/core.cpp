@@ -31,7 +31,7 @@ inline void relax() {
 #endif
 }
 
-constexpr int SPINS = 4000;  // before a waiting thread lets others run
+constexpr int SPINS = 20000;  // before a waiting thread lets others run: about a millisecond, longer than a round pauses
 
 // Threads that share a job. The caller is thread 0; the others sleep between jobs.
 class Pool {

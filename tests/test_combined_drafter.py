@@ -1,0 +1,100 @@
+"""Two drafters in one tree: merged node by node, within the budget, and as lossless as each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s4c import LLM, SamplingParams
+from s4c.drafters.base import Drafter, Sequences
+from s4c.drafters.combined import CombinedDrafter
+from s4c.types import DraftTree
+from s4c.verify.tree import TreePlan, from_paths, merge, root_only
+
+PATHS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=4)
+
+
+def texts(tree: DraftTree, row: int) -> Iterator[tuple[int, ...]]:
+    """The text from the root to each candidate of a row."""
+    for column in tree.candidate[row].nonzero()[:, 0].tolist():
+        text = []
+        while column > 0:
+            text.append(int(tree.tokens[row, column]))
+            column = int(tree.parents[row, column])
+        yield tuple(reversed(text))
+
+
+@given(st.lists(st.tuples(PATHS, PATHS), min_size=1, max_size=3), st.integers(0, 8))
+@settings(deadline=None)
+def test_merged_trees_hold_what_either_holds(pairs: list[tuple[list[list[int]], list[list[int]]]], more: int) -> None:
+    roots = torch.arange(len(pairs))
+    first = from_paths(roots, [a for a, _ in pairs], 32)
+    second = from_paths(roots, [b for _, b in pairs], 32)
+    whole = merge(first, second, 64)
+    for row in range(len(pairs)):
+        found = list(texts(whole, row))
+        assert len(found) == len(set(found))
+        assert set(found) == set(texts(first, row)) | set(texts(second, row))
+    assert torch.equal(whole.tokens[:, : first.size], first.tokens)
+    assert torch.equal(whole.parents[:, : first.size], first.parents)
+    small = merge(first, second, first.size + more)
+    assert small.size <= first.size + more
+    for row in range(len(pairs)):
+        kept = set(texts(small, row))
+        assert set(texts(first, row)) <= kept <= set(texts(whole, row))
+
+
+class Fixed(Drafter):
+    """Proposes a given continuation whatever the text."""
+
+    name = "fixed"
+    default_tree = "chain:4"
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.plans: list[TreePlan] = []
+
+    def propose(self, sequences: Sequences) -> DraftTree:
+        self.plans.append(sequences.plan)
+        paths = [[self.tokens]] * sequences.roots.shape[0]
+        return from_paths(sequences.roots, paths, sequences.plan.nodes) if self.tokens else root_only(sequences.roots)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return str(tiny_models.save(tmp_path, "llama"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_best_of_both_is_accepted(target: str, temperature: float) -> None:
+    params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=3, ignore_eos=True)
+    prompt = [5, 6, 7, 8]
+    plain = LLM(target, "none", threads=1).generate(prompt, params)
+    wrong, right = Fixed([1, 2, 3]), Fixed(plain.token_ids[:4])
+    for pair in ((wrong, right), (right, wrong)):
+        llm = LLM(target, CombinedDrafter(*pair), tree="best:16", threads=1)
+        found = llm.generate(prompt, params)
+        assert found.token_ids == plain.token_ids
+        assert found.stats.acceptance_histogram[4] >= 1
+
+
+def test_the_first_gets_the_nodes_that_the_second_leaves(target: str) -> None:
+    for found, left in (([], 16), ([1, 2], 14), ([1, 2, 3, 4], 12)):
+        first = Fixed([1])
+        llm = LLM(target, CombinedDrafter(first, Fixed(found)), tree="best:16", threads=1)
+        llm.generate([5, 6], SamplingParams(max_new_tokens=2, ignore_eos=True))
+        assert first.plans[0].nodes == left
+
+
+def test_a_name_with_a_plus_is_two_drafters(target: str) -> None:
+    assert LLM(target, "ngram+ngram", threads=1).drafter.name == "ngram+ngram"
+    with pytest.raises(ValueError, match="'none\\+ngram' is not known"):
+        LLM(target, "none+ngram")
+    with pytest.raises(ValueError, match="'medium' is not known"):
+        LLM(target, "ngram+medium")
