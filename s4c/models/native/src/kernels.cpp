@@ -478,6 +478,7 @@ constexpr int QUERIES = 6, VECTORS = 4;  // of a tile's sums
 #else
 constexpr int QUERIES = 2, VECTORS = 2;
 #endif
+constexpr size_t ROWS_AHEAD = 16;       // values that are fetched early
 constexpr int TOGETHER = MOST_QUERIES;  // queries that read the keys and values of a head together
 
 // One head of one row: what it asks, where its answer goes, and which cache rows it sees.
@@ -496,7 +497,11 @@ inline void score_blocks(const Query* queries, const Cell* keys, int size, float
         for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
     for (int i = 0; i < size; i++) {
         vf key[KEYS];
-        for (int b = 0; b < KEYS; b++) key[b] = get(keys + (static_cast<size_t>(b) * static_cast<size_t>(size) + static_cast<size_t>(i)) * LANES);
+        for (int b = 0; b < KEYS; b++) {
+            const Cell* at = keys + (static_cast<size_t>(b) * static_cast<size_t>(size) + static_cast<size_t>(i)) * LANES;
+            key[b] = get(at);
+            __builtin_prefetch(at + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
+        }
         for (int q = 0; q < Q; q++) {
             vf value = set1(queries[q].head[i]);
             for (int b = 0; b < KEYS; b++) sums[q][b] = fma(key[b], value, sums[q][b]);
@@ -536,7 +541,11 @@ inline void mix_values(const float* weights, size_t stride, const Cell* values, 
     for (int i = begin; i < end; i++) {
         size_t row = static_cast<size_t>(rows ? rows[i] : i);
         vf value[V];
-        for (int v = 0; v < V; v++) value[v] = get(values + row * width + v * LANES);
+        for (int v = 0; v < V; v++) {
+            const Cell* at = values + row * width + v * LANES;
+            value[v] = get(at);
+            __builtin_prefetch(at + ROWS_AHEAD * width, 0, 3);
+        }
         for (int q = 0; q < Q; q++) {
             vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(shift + i)]);
             for (int v = 0; v < V; v++) sums[q][v] = fma(weight, value[v], sums[q][v]);
@@ -617,7 +626,7 @@ template <class Cell>
 void attention(const Stack& stack, int layer, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
     int group = stack.heads / stack.kv_heads;
     int parts = (group + TOGETHER - 1) / TOGETHER;
-    if (rows.count * stack.kv_heads * parts < 4 * team.threads) parts = group;  // one head each, to share few rows out
+    if (rows.count * stack.kv_heads * parts < team.threads) parts = group;  // one head each, so that all have work
     int height = TOGETHER / ((group + parts - 1) / parts);
     if (rows.count < 2 * height) height = (rows.count + 1) / 2;
     int tiles = (rows.count + height - 1) / height;
