@@ -9,23 +9,32 @@ import torch
 
 
 def transformers_generate(
-    directory: Path, dtype: torch.dtype, device: torch.device
+    directory: Path, dtype: torch.dtype, device: torch.device, threads: int
 ) -> Callable[[list[int], int], list[int]]:
-    """Greedy `generate` of a model directory: prompt and most new tokens to output tokens."""
+    """Greedy `generate` of a model directory: prompt and most new tokens to output tokens.
+
+    Args:
+        threads: CPU threads of torch while it runs; the engine's own runtime leaves torch but one.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
 
     def generate(prompt: list[int], max_new_tokens: int) -> list[int]:
         tokens = torch.tensor([prompt], device=device)
-        with torch.no_grad():
-            output = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.no_grad():
+                output = model.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+        finally:
+            torch.set_num_threads(before)
         written: list[int] = output[0, len(prompt) :].tolist()
         return written
 

@@ -63,6 +63,8 @@ def bench(
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if transformers and temperature > 0:
         raise ValueError("--transformers compares greedy decoding; it needs --temperature 0")
+    if transformers and dtype == "int8":
+        raise ValueError("--transformers runs no int8; give --dtype float32 or bfloat16")
     chosen = choose(read_questions(questions), sample, seed)
     llm = options.load(
         target, "none", rule=rule, dtype=dtype, device=device, threads=threads, runtime=runtime, max_batch=batch
@@ -72,7 +74,7 @@ def bench(
         from s4c.bench.peers import transformers_generate
         from s4c.models.loading import resolve
 
-        peer = transformers_generate(resolve(target), llm.target.dtype, llm.target.device)
+        peer = transformers_generate(resolve(target), llm.target.dtype, llm.target.device, llm.threads)
     runner = Bench(llm, methods.split(","), params, peer)
     answers = _batched(runner, chosen, singly) if batch > 1 else _one_by_one(runner, chosen, seed, out)
     if out is not None and batch > 1:
@@ -109,7 +111,7 @@ def _batched(runner: Bench, questions: list[Question], singly: bool) -> list[Ans
         progress.advance(task)
 
         def compared(question: Question, answer: Answer) -> Answer:
-            verdict = runner.compare(runner.prompt(question), plain[question.name], answer.token_ids)
+            verdict = runner.compare(runner.prompt(question), plain[question.name], answer.token_ids, answer.method)
             return replace(answer, equal=verdict)
 
         for method in methods:

@@ -99,7 +99,7 @@ class LLM:
             self.tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
             target = load_target(target, runtime=runtime, dtype=dtype, device=device, context_length=context_length)
         self.target = target
-        share_threads(threads, target)
+        self.threads = share_threads(threads, target)
         self.rule = rule
         self.max_batch = max_batch
         self.use(drafter, tree)
@@ -250,17 +250,18 @@ class LLM:
         return Sequence(ids, params, decode, spec.eos_token_ids, spec.context_length)
 
 
-def share_threads(threads: int | None, target: Target) -> None:
-    """Give the threads to what computes: the native runtime, or torch."""
+def share_threads(threads: int | None, target: Target) -> int:
+    """Give the threads to what computes, the native runtime or torch, and say how many it has."""
     if target.runtime != "native":
         if threads is not None:
             torch.set_num_threads(threads)
-        return
+        return torch.get_num_threads()
     from s4c.models.native import library
 
     if threads is not None:
         library.set_threads(threads)
     torch.set_num_threads(1)
+    return library.threads()
 
 
 def choose_drafter(name: str | Path, target: Target) -> Drafter:
