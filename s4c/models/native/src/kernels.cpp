@@ -198,69 +198,45 @@ inline void tile_int8(const int8_t* w, size_t block, int begin, int end, const c
 
 #else
 
-// Sixteen rows by four blocks in tile registers; the inputs are padded to sixteen rows.
+// Tile registers hold sixteen rows by four blocks; the inputs are padded to whole tiles. Both kinds of weights come in
+// tiles of 1024 bytes, and meet 64 bytes of each row.
 struct __attribute__((packed)) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-template <int B>
-inline void tile_bf16_amx(const uint16_t* w, size_t block, int padded_inputs, const char* x, size_t stride, float* out) {
+#define S4C_MULTIPLY(sums, x, w)                       \
+    if constexpr (KIND == BFLOAT16) {                  \
+        _tile_dpbf16ps(sums, x, w);                    \
+    } else {                                           \
+        _tile_dpbssd(sums, x, w);                      \
+    }
+
+template <Kind KIND, int B>
+inline void tile_amx(const char* w, size_t block, int steps, const char* x, size_t stride, float* out) {
     _tile_zero(0);
     if (B > 1) _tile_zero(1);
     if (B > 2) _tile_zero(2);
     if (B > 3) _tile_zero(3);
-    for (int k = 0; k < padded_inputs / 32; k++) {
-        const uint16_t* tile = w + static_cast<size_t>(k) * 512;
-        _tile_loadd(4, x + static_cast<size_t>(k) * 64, static_cast<long>(stride));
-        _tile_loadd(5, tile, 64);
-        _tile_dpbf16ps(0, 4, 5);
+    for (int k = 0; k < steps; k++, w += 1024, x += 64) {
+        _tile_loadd(4, x, static_cast<long>(stride));
+        _tile_loadd(5, w, 64);
+        S4C_MULTIPLY(0, 4, 5);
         if (B > 1) {
-            _tile_loadd(6, tile + block, 64);
-            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(6, w + block, 64);
+            S4C_MULTIPLY(1, 4, 6);
         }
         if (B > 2) {
-            _tile_loadd(5, tile + 2 * block, 64);
-            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(5, w + 2 * block, 64);
+            S4C_MULTIPLY(2, 4, 5);
         }
         if (B > 3) {
-            _tile_loadd(6, tile + 3 * block, 64);
-            _tile_dpbf16ps(3, 4, 6);
+            _tile_loadd(6, w + 3 * block, 64);
+            S4C_MULTIPLY(3, 4, 6);
         }
     }
     constexpr long row = GROUP * BLOCK * sizeof(float);
-    _tile_stored(0, out, row);
-    if (B > 1) _tile_stored(1, out + BLOCK, row);
-    if (B > 2) _tile_stored(2, out + 2 * BLOCK, row);
-    if (B > 3) _tile_stored(3, out + 3 * BLOCK, row);
-}
-
-template <int B>
-inline void tile_int8_amx(const int8_t* w, size_t block, int padded_inputs, const char* x, size_t stride, int32_t* out) {
-    _tile_zero(0);
-    if (B > 1) _tile_zero(1);
-    if (B > 2) _tile_zero(2);
-    if (B > 3) _tile_zero(3);
-    for (int k = 0; k < padded_inputs / 64; k++) {
-        const int8_t* tile = w + static_cast<size_t>(k) * 1024;
-        _tile_loadd(4, x + static_cast<size_t>(k) * 64, static_cast<long>(stride));
-        _tile_loadd(5, tile, 64);
-        _tile_dpbssd(0, 4, 5);
-        if (B > 1) {
-            _tile_loadd(6, tile + block, 64);
-            _tile_dpbssd(1, 4, 6);
-        }
-        if (B > 2) {
-            _tile_loadd(5, tile + 2 * block, 64);
-            _tile_dpbssd(2, 4, 5);
-        }
-        if (B > 3) {
-            _tile_loadd(6, tile + 3 * block, 64);
-            _tile_dpbssd(3, 4, 6);
-        }
-    }
-    constexpr long row = GROUP * BLOCK * sizeof(int32_t);
     _tile_stored(0, out, row);
     if (B > 1) _tile_stored(1, out + BLOCK, row);
     if (B > 2) _tile_stored(2, out + 2 * BLOCK, row);
@@ -274,25 +250,30 @@ enum class Into { SET, ADD, SWIGLU };
 inline vf silu(vf x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
 
 // Scale, bias, and where the sums of one row go.
-inline void finish(const Linear& linear, float* sums, int row, int first_block, int blocks, const Scratch& s, Into into,
+inline void finish(const Linear& linear, const float* sums, int row, int first_block, int blocks, const Scratch& s, Into into,
                    float* y) {
-    for (int b = 0; b < blocks; b++) {
-        float* at = sums + b * BLOCK;
-        int output = (first_block + b) * BLOCK;
-        vf value = load(at);
-        if (linear.kind == INT8)
-            value = mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + output)));
-        if (linear.bias) value = add(value, load(linear.bias + output));
-        store(at, value);
-    }
+    auto output = [&](int b) {
+        const float* at = sums + b * BLOCK;
+        int first = (first_block + b) * BLOCK;
+        vf value = linear.kind == INT8 ? mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + first)))
+                                       : load(at);
+        return linear.bias ? add(value, load(linear.bias + first)) : value;
+    };
     if (into == Into::SWIGLU) {
-        for (int b = 0; b < blocks; b += 2)
-            store(y + (first_block + b) / 2 * BLOCK, mul(silu(load(sums + b * BLOCK)), load(sums + (b + 1) * BLOCK)));
+        for (int b = 0; b < blocks; b += 2) store(y + (first_block + b) / 2 * BLOCK, mul(silu(output(b)), output(b + 1)));
         return;
     }
-    int begin = first_block * BLOCK;
-    int end = (first_block + blocks) * BLOCK < linear.outputs ? (first_block + blocks) * BLOCK : linear.outputs;
-    for (int o = begin; o < end; o++) y[o] = into == Into::ADD ? y[o] + sums[o - begin] : sums[o - begin];
+    for (int b = 0; b < blocks; b++) {
+        float* at = y + (first_block + b) * BLOCK;
+        int left = linear.outputs - (first_block + b) * BLOCK;
+        if (left >= BLOCK) {
+            store(at, into == Into::ADD ? add(load(at), output(b)) : output(b));
+            continue;
+        }
+        float last[BLOCK];
+        store(last, output(b));
+        for (int o = 0; o < left; o++) at[o] = into == Into::ADD ? at[o] + last[o] : last[o];
+    }
 }
 
 struct Tile {
@@ -309,16 +290,18 @@ inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* 
         tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, at.begin, at.end, x, s.input_stride, out);
         return;
     }
+#if defined(S4C_AMX)
+    size_t width = linear.kind == BFLOAT16 ? 2 : 1;
+    const char* w = static_cast<const char*>(linear.weight) + offset * width;
+    int steps = linear.padded * static_cast<int>(width) / 64;
+    if (linear.kind == BFLOAT16) tile_amx<BFLOAT16, B>(w, block * width, steps, x, s.input_stride, out);
+    else tile_amx<INT8, B>(w, block * width, steps, x, s.input_stride, out);
+#else
     auto* half = static_cast<const uint16_t*>(linear.weight) + offset;
     auto* byte = static_cast<const int8_t*>(linear.weight) + offset;
-    auto* integers = reinterpret_cast<int32_t*>(out);
-#if defined(S4C_AMX)
-    if (linear.kind == BFLOAT16) tile_bf16_amx<B>(half, block, linear.padded, x, s.input_stride, out);
-    else tile_int8_amx<B>(byte, block, linear.padded, x, s.input_stride, integers);
-#else
     const int32_t* sums = linear.sums + at.block * BLOCK;
     if (linear.kind == BFLOAT16) tile_bf16<R, B>(half, block, at.begin, at.end, x, s.input_stride, out);
-    else tile_int8<R, B>(byte, block, at.begin, at.end, x, s.input_stride, sums, integers);
+    else tile_int8<R, B>(byte, block, at.begin, at.end, x, s.input_stride, sums, reinterpret_cast<int32_t*>(out));
 #endif
 }
 
@@ -350,7 +333,7 @@ inline int tile_height(const Linear& linear) {
 }
 
 inline int turn_length(const Linear& linear, int tiles) {
-    if (tiles == 1 || tile_height(linear) == 16) return linear.padded;
+    if (tiles == 1 || tile_height(linear) > TILE_ROWS) return linear.padded;
     return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
 }
 
@@ -362,7 +345,7 @@ void product(const Linear& linear, int count, const Scratch& s, Into into, float
     alignas(64) float sums[BAND * GROUP * BLOCK];
     int height = tile_height(linear);
     int tallest = count < height ? count : height;
-    int group = height == 16 || tallest * GROUP <= REGISTERS ? GROUP : REGISTERS / tallest;
+    int group = height > TILE_ROWS || tallest * GROUP <= REGISTERS ? GROUP : REGISTERS / tallest;
     if (into == Into::SWIGLU && group % 2) group--;
     for (int block = mine.begin, now; block < mine.end; block += now) {
         now = mine.end - block < group ? mine.end - block : group;
@@ -372,8 +355,9 @@ void product(const Linear& linear, int count, const Scratch& s, Into into, float
             int turn = turn_length(linear, tiles);
             for (int begin = 0; begin < linear.padded; begin += turn)
                 for (int t = 0; t < tiles; t++) {
-                    int first = height == 16 ? t * 16 : rows * t / tiles;
-                    int last = height == 16 ? (first + 16 < rows ? first + 16 : rows) : rows * (t + 1) / tiles;
+                    // Tile registers take whole tiles; other tiles share the rows evenly.
+                    int first = height > TILE_ROWS ? t * height : rows * t / tiles;
+                    int last = height > TILE_ROWS ? (first + height < rows ? first + height : rows) : rows * (t + 1) / tiles;
                     Tile at{block, top + first, last - first, begin, begin + turn < linear.padded ? begin + turn : linear.padded};
                     float* out = sums + first * GROUP * BLOCK;
                     if (now == 4) tile_of<4>(linear, at, s, out);
