@@ -30,6 +30,7 @@ from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
 from s4c.models.loading import choose_runtime, load_config, load_target
 from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear
+from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, make_stack
 
 SETS = library.instruction_sets() if library.problem() is None else []
@@ -519,3 +520,22 @@ def test_a_forked_process_computes_with_threads_of_its_own() -> None:
         if child == 0:
             os._exit(0 if torch.equal(product(x), expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@each_set
+@pytest.mark.parametrize("columns", [1, 7, 16, 40, 127, 128, 129, 1000])
+def test_the_top_of_rows_is_that_of_torch(name: str, columns: int) -> None:
+    scores = random(5, columns, seed=columns)
+    scores[1] = scores[1].round()
+    scores[2, columns // 2 :] = -torch.inf
+    scores[3] = -torch.inf
+    for count in {1, min(3, columns), min(8, columns)}:
+        with computing(name, threads=2):
+            top, index, total = native_top_and_total(scores, count)
+        expected = scores.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(top, expected.values[:, :count])
+        finite = top.isfinite()
+        assert torch.equal(index[finite], expected.indices[:, :count][finite])
+        assert bool(((index >= 0) & (index < columns)).all())
+        assert torch.allclose(total[:3], scores[:3].logsumexp(-1, keepdim=True), atol=2e-6, rtol=2e-6)
+        assert not bool(total[3].isfinite())

@@ -36,6 +36,7 @@ from s4c.drafters.base import (
 )
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, make_stack
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import TreeBuilder
@@ -297,6 +298,7 @@ class S4CDrafter(Drafter):
                 stack.place(index, layer)
             self._stacks.append(stack)
         pack(self.lm_head, dtype, native)
+        self._select = native_top_and_total if native else None
         self._slots: dict[int, _Slot] = {}
 
     def reserve(self, slots: int, length: int) -> None:
@@ -325,7 +327,7 @@ class S4CDrafter(Drafter):
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
         rows, features = self._catch_up(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
-        builder = plan.grow(sequences.roots)
+        builder = plan.grow(sequences.roots, self._select)
         outputs: list[Tensor] = []
         while builder.open:
             if builder.level:

@@ -19,7 +19,7 @@ probability. `chain` is a comb with one child.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -191,10 +191,19 @@ class TreePlan:
             return self
         return TreePlan(self.kind, self.width, self.depth, max(2, self.nodes - nodes))
 
-    def grow(self, roots: Tensor) -> TreeBuilder:
-        """Start a tree below each root, [B] int64."""
+    def grow(self, roots: Tensor, select: Select | None = None) -> TreeBuilder:
+        """Start a tree below each root, [B] int64; `select` does what `top_and_total` does."""
         assert self.depth > 0, "a plan without a depth is deepened by the drafter first"
-        return TreeBuilder(self, roots)
+        return TreeBuilder(self, roots, select or top_and_total)
+
+
+Select = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def top_and_total(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., count] highest scores of [..., V] and their columns, and [..., 1] the log of the sum of exponentials."""
+    top, index = scores.topk(count, dim=-1)
+    return top, index, scores.logsumexp(-1, keepdim=True)
 
 
 class TreeBuilder:
@@ -207,8 +216,9 @@ class TreeBuilder:
         parents: [B, M] int64, the pool columns of the parents.
     """
 
-    def __init__(self, plan: TreePlan, roots: Tensor) -> None:
+    def __init__(self, plan: TreePlan, roots: Tensor, select: Select) -> None:
         self.plan = plan
+        self._select = select
         self.level = 0
         self.tokens = roots[:, None]
         self.parents = torch.full_like(self.tokens, -1)
@@ -238,9 +248,9 @@ class TreeBuilder:
         """
         batch, expanded, columns = scores.shape
         width = min(self.plan.width, columns)
-        top, index = scores.topk(width, dim=-1)
+        top, index, total = self._select(scores, width)
         # The clamp: a row of nothing but -inf gives children of probability 0, not NaN.
-        total = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        total = total.clamp(min=torch.finfo(scores.dtype).min)
         path = self._path.gather(1, self.frontier)[..., None] + (top - total)
         tokens = index if token_ids is None else token_ids[index]
         first = self.tokens.shape[1]

@@ -84,6 +84,7 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_choose.argtypes = [c_char_p]
     core.s4c_set_threads.argtypes = [c_int]
     core.s4c_linear.argtypes = [POINTER(CLinear), c_void_p, c_int, c_void_p]
+    core.s4c_top.argtypes = [c_void_p, *[c_int] * 3, *[c_void_p] * 3]
     core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 2]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
     names = _names(core)

@@ -326,6 +326,18 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     }
 }
 
+// values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
+// sum of its exponentials. 0, or -1 where k is not from 1 to MOST_TOP and columns.
+int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals) {
+    if (k < 1 || k > MOST_TOP || k > columns) return -1;
+    Core& c = core();
+    std::lock_guard<std::mutex> lock(c.mutex);
+    c.pool.resize(c.threads);
+    auto kernel = c.variant->kernels()->top;
+    c.pool.run([&](Team team) { kernel(x, count, columns, k, values, indices, totals, team); });
+    return 0;
+}
+
 // Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
     std::lock_guard<std::mutex> lock(core().mutex);

@@ -67,6 +67,7 @@ struct Team {
     void (*wait)(void* pool, int thread);
 };
 
+constexpr int MOST_TOP = 64;      // that are picked of a row
 constexpr int MOST_QUERIES = 12;  // that are attended to together
 
 struct Scratch {
@@ -83,6 +84,7 @@ struct Scratch {
 struct Kernels {
     void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
     void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
+    void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
 };
 
 const Kernels* kernels_amx();

@@ -729,7 +729,57 @@ void linear(const Linear& layer, const float* x, int count, Scratch& s, float* o
     product(layer, count, s, Into::SET, out, static_cast<size_t>(layer.outputs), team);
 }
 
-constexpr Kernels KERNELS = {pass, linear};
+// The k highest numbers of a row in descending order, of equals the first, and the log of the sum of all exponentials.
+// The k highest maxima of chunks bound the k highest numbers from below, so few chunks are looked into.
+void top_row(const float* x, int columns, int k, float* values, int64_t* indices, float* total) {
+    constexpr int CHUNK = 8 * LANES;
+    float bounds[MOST_TOP];
+    for (int i = 0; i < k; i++) bounds[i] = values[i] = -INFINITY, indices[i] = 0;
+    auto highest = [&](int begin) {
+        int end = begin + CHUNK < columns ? begin + CHUNK : columns, i = begin + LANES;
+        if (end - begin < LANES) {
+            float most = x[begin];
+            for (i = begin + 1; i < end; i++) most = x[i] > most ? x[i] : most;
+            return most;
+        }
+        vf most = load(x + begin);
+        for (; i + LANES <= end; i += LANES) most = maximum(most, load(x + i));
+        return max_lanes(maximum(most, load(x + end - LANES)));
+    };
+    for (int begin = 0; begin < columns; begin += CHUNK) {
+        float most = highest(begin);
+        if (!(most > bounds[k - 1])) continue;
+        int at = k - 1;
+        for (; at > 0 && bounds[at - 1] < most; at--) bounds[at] = bounds[at - 1];
+        bounds[at] = most;
+    }
+    vf top = set1(bounds[0]), sums = zero();
+    float rest = 0;
+    int found = 0;
+    for (int begin = 0; begin < columns; begin += CHUNK) {
+        int end = begin + CHUNK < columns ? begin + CHUNK : columns, i = begin;
+        for (; i + LANES <= end; i += LANES) sums = add(sums, exponential(sub(load(x + i), top)));
+        for (; i < end; i++) rest += expf(x[i] - bounds[0]);
+        if (highest(begin) < bounds[k - 1]) continue;
+        for (i = begin; i < end; i++) {
+            if (x[i] < bounds[k - 1] || (found == k && !(x[i] > values[k - 1]))) continue;
+            int at = found < k ? found++ : k - 1;
+            for (; at > 0 && values[at - 1] < x[i]; at--) values[at] = values[at - 1], indices[at] = indices[at - 1];
+            values[at] = x[i], indices[at] = i;
+        }
+    }
+    *total = bounds[0] == -INFINITY ? -INFINITY : bounds[0] + logf(sum_lanes(sums) + rest);
+}
+
+void top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team team) {
+    Span rows = share(count, team);
+    for (int r = rows.begin; r < rows.end; r++) {
+        size_t at = static_cast<size_t>(r) * static_cast<size_t>(k);
+        top_row(x + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, k, values + at, indices + at, totals + r);
+    }
+}
+
+constexpr Kernels KERNELS = {pass, linear, top};
 
 }  // namespace
 
