@@ -6,6 +6,7 @@
 # The target answers our own prompts (recipes/prompts.jsonl), those of the files given ({"prompt": "..."} a line; never
 # measure on questions that stand in them) and 2,000 prompts that it writes itself. On two CPU cores the text takes
 # hours and the training SECONDS_TO_TRAIN; on a GPU train longer. Started again, each step goes on where it stopped.
+# START_FROM=CHECKPOINT goes on with the heads of an earlier drafter.
 set -euo pipefail
 
 here=$(dirname "$0")
@@ -26,6 +27,7 @@ data+=(--data "$folder/self-written.jsonl")
 
 resume=()
 [ -d "$folder/run/steps" ] && resume=(--resume)
+[ -n "${START_FROM:-}" ] && resume+=(--init "$START_FROM")
 s4c train --method s4c --target "$target" --dtype bfloat16 --autocast bfloat16 "${data[@]}" --out "$folder/run" \
     --set draft_vocab=10240 --batch-tokens 2048 --learning-rate 1e-3 --warmup-steps 60 \
     --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"

@@ -172,3 +172,18 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
 def test_a_wrong_configuration_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         S4CConfig(**wrong)
+
+
+def test_training_starts_from_another_drafter(target: Any) -> None:
+    old, _ = drafter_of(target, heads=2)
+    new = S4CModel(target, S4CConfig(head_dim=8, heads=2), torch.arange(1, 41))
+    new.start_from(old)
+    assert new.token_ids.tolist() == list(range(1, 41))
+    for name, weight in old.named_parameters():
+        assert torch.equal(weight, new.get_parameter(name))
+    with pytest.raises(ValueError, match="has another size"):
+        S4CModel(target, S4CConfig(head_dim=8, heads=3), torch.arange(40)).start_from(old)
+    own = [S4CModel(target, S4CConfig(head_dim=8, lm_head="own"), torch.arange(n, n + 30)) for n in (0, 1)]
+    own[0].start_from(own[0])
+    with pytest.raises(ValueError, match="another draft vocabulary"):
+        own[1].start_from(own[0])

@@ -41,6 +41,10 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting of the method, KEY=VALUE; may be repeated. `s4c info` lists them."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to start from, of the same settings.", show_default="untrained heads"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved step in --out.")] = False,
     steps: Annotated[int | None, _setting("no limit", "Most optimizer steps.")] = None,
     epochs: Annotated[int | None, _setting("no limit", "Most visits of every row.")] = None,
@@ -77,6 +81,8 @@ def train(
     options.start()
     import torch
 
+    from s4c.drafters import METHODS
+    from s4c.drafters.checkpoint import load_model
     from s4c.training.losses import LossWeights
     from s4c.training.trainer import TrainConfig, Trainer
 
@@ -86,9 +92,12 @@ def train(
     line = trained_method(method)
     method_config = parse_settings(line, settings or [])
     llm = options.load(target, "none", dtype=dtype, device=_own(device), threads=threads, runtime=runtime)
+    torch.set_num_threads(llm.threads)
     rows, held = _rows(data, llm.target, config)
     torch.manual_seed(config.seed)
     model = new_model(line, method_config, llm.target, rows)
+    if init is not None:
+        model.start_from(load_model(init, llm.target, METHODS))
     provenance = {"command": _command(), "data files": ", ".join(path.name for path in data)}
     trainer = Trainer(llm.target, line.name, model, rows, held, config, out, resume=resume, provenance=provenance)
     _report(trainer, trainer.fit())

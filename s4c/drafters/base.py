@@ -123,6 +123,23 @@ class DraftModel(nn.Module, ABC):
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
         """One prediction per head, in drafting order, the heads unrolled as in drafting."""
 
+    def start_from(self, other: DraftModel) -> None:
+        """Go on with the weights of another model of this method, whose draft vocabulary may be another one.
+
+        Raises:
+            ValueError: its sizes are others, or it has weights for each token of another vocabulary.
+        """
+        state = {name: value for name, value in other.state_dict().items() if name != "token_ids"}
+        same_tokens = torch.equal(self.token_ids, other.token_ids)
+        for name, weight in self.named_parameters():
+            if name not in state or state[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} is not in the drafter to start from, or has another size; its settings differ"
+                )
+            if not same_tokens and len(weight) == len(self.token_ids):
+                raise ValueError(f"{name} belongs to the tokens of another draft vocabulary; start from a tied LM head")
+        self.load_state_dict(state, strict=False)
+
     @abstractmethod
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> Drafter:
         """A drafter that runs on a copy of the present weights, in the target's dtype unless one is given."""
