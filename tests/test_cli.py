@@ -387,6 +387,7 @@ def test_info_tells_what_is_here_and_what_passes_cost(target: str, monkeypatch: 
     assert list(report["target"]["pass_ms"]) == ["1", "2", "4", "8", "16", "32"]
     assert all(cost > 0 for cost in report["target"]["pass_ms"].values())
     assert report["target"]["runtime"] in ("native", "torch")
+    assert report["target"]["floor_ms"] > 0
     assert report["target"]["round"]["drafter"] == "ngram"
 
 

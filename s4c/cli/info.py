@@ -21,6 +21,7 @@ import s4c
 from s4c.cli import options
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from torch import Tensor
 
@@ -35,6 +36,7 @@ CONTEXT = 200
 """Tokens that stand before them."""
 
 PASSES = 7
+READ_BYTES = 256 * 2**20
 ROUNDED = 32
 """Tokens that are generated to measure a round."""
 
@@ -165,6 +167,7 @@ def _measure(llm: LLM, asked: str) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "context_length": target.spec.context_length,
         "pass_ms": pass_costs(target),
+        "floor_ms": round(1e3 * target.weight_bytes / read_bandwidth(target.device, llm.threads), 3),
         "round": round_cost(llm),
     }
 
@@ -193,6 +196,22 @@ def pass_costs(target: Target) -> dict[int, float]:
             target.verify(tree)
             times[n].append(_now(target) - started)
     return {n: round(1e3 * median(values[1:]), 3) for n, values in times.items()}
+
+
+def read_bandwidth(device: torch.device, threads: int) -> float:
+    """Bytes per second at which memory is read here, by the fastest of a few sums over 256 MB."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    numbers = torch.zeros(READ_BYTES // 4, device=device)
+    seconds = []
+    for _ in range(1 + PASSES):
+        started = time.perf_counter()
+        numbers.sum().item()
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(before)
+    return READ_BYTES / min(seconds)
 
 
 def _some_tokens(target: Target, count: int) -> Tensor:
@@ -267,7 +286,9 @@ def _print_target(target: dict[str, Any], console: Console) -> None:
     )
     table = Table("tokens of a pass", *(str(n) for n in target["pass_ms"]))
     table.add_row("ms", *(f"{cost:.1f}" for cost in target["pass_ms"].values()))
+    table.add_row("of it, reading the weights", *(f"{target['floor_ms'] / c:.0%}" for c in target["pass_ms"].values()))
     console.print(table)
+    console.print(f"reading all weights once takes {target['floor_ms']:.1f} ms at the memory's measured speed")
     steps = ", ".join(f"{name} {cost:.1f}" for name, cost in target["round"]["steps_ms"].items())
     measured = target["round"]
     console.print(f"a round of {measured['drafter']} with {measured['tree']}, ms: {steps}", soft_wrap=True)

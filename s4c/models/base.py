@@ -46,6 +46,9 @@ class Target(ABC):
     runtime: str
     """What computes it: `native` (its drafters then run on the C++ kernels too), `torch` or `hf`."""
 
+    weight_bytes: int
+    """Bytes of weights that every pass reads."""
+
     @abstractmethod
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` cache rows each; what is cached stays."""

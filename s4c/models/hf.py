@@ -78,6 +78,7 @@ class HFTarget(Target):
         self.spec = replace(spec, vocab_size=vocab_size, hidden_size=hidden_size)
         self.device = model.device
         self.dtype = model.dtype
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
         self._slots: list[_Slot] = []
         self._check()
 

@@ -156,6 +156,12 @@ class LayerShape:
     mlp_bias: bool = False
     head_norms: bool = False
 
+    @property
+    def weights(self) -> int:
+        """Numbers in the matrices of a layer."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return self.hidden * (attention + 3 * self.intermediate)
+
 
 class Rotary:
     """Cosines and signed sines of the positions of a pass, [B, N, 1, head_dim] each."""

@@ -112,6 +112,8 @@ class LlamaTarget(Target):
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=loaded, device=device)
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
+        weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
+        self.weight_bytes = weights * dtype.itemsize
 
     def reserve(self, slots: int, length: int) -> None:
         self._stack.reserve(slots, length)
