@@ -27,8 +27,8 @@ Target = Annotated[
 Drafter = Annotated[
     str,
     typer.Option(
-        help="auto (the shipped drafter of this target, else lookup in the text), none (plain decoding), a method "
-        "without training (see `s4c info`), or the directory of a checkpoint.",
+        help="auto (shipped+ngram, or ngram where no drafter for the target is shipped), none (plain decoding), "
+        "shipped, a method without training (see `s4c info`), the directory of a checkpoint, or two joined by +.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -49,7 +49,8 @@ Rule = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.", rich_help_panel=MODEL
+        help="float32, bfloat16, float16, int8 (CPU), or auto: float32 on a CPU, bfloat16 on a GPU.",
+        rich_help_panel=MODEL,
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.", rich_help_panel=MODEL)]
