@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("s4c/models/native/src")
 FLAGS = [
@@ -31,7 +32,7 @@ INSTRUCTION_SETS = {
     "avx2": AVX2,
     "portable": [],
 }
-"""What kernels.cpp is compiled for, once each; the core picks one when it is loaded."""
+"""What kernels.cpp is compiled for, once each, as far as the compiler knows it; the core picks one when it is loaded."""
 
 
 class BuildCore(build_ext):
@@ -39,10 +40,17 @@ class BuildCore(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        objects = self._compile("core.cpp", "core", [])
+        objects, built = [], []
         for name, flags in INSTRUCTION_SETS.items():
             if x86 or not flags:
-                objects += self._compile("kernels.cpp", name, [*flags, f"-DS4C_VARIANT={name}"])
+                try:
+                    objects += self._compile("kernels.cpp", name, [*flags, f"-DS4C_VARIANT={name}"])
+                except CompileError:
+                    if not flags:
+                        raise
+                    continue
+                built.append(f"-DS4C_WITH_{name.upper()}")
+        objects += self._compile("core.cpp", "core", built)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
         )

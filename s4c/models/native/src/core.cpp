@@ -132,10 +132,16 @@ bool avx2_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 #endif
 
 const Variant VARIANTS[] = {
-#if defined(__x86_64__)
+#if defined(S4C_WITH_AMX)
     {"amx", kernels_amx, amx_runs},
+#endif
+#if defined(S4C_WITH_AVX512BF16)
     {"avx512bf16", kernels_avx512bf16, avx512bf16_runs},
+#endif
+#if defined(S4C_WITH_AVX512)
     {"avx512", kernels_avx512, avx512_runs},
+#endif
+#if defined(S4C_WITH_AVX2)
     {"avx2", kernels_avx2, avx2_runs},
 #endif
     {"portable", kernels_portable, [] { return true; }},
