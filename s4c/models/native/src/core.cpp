@@ -31,7 +31,9 @@ inline void relax() {
 #endif
 }
 
-constexpr int SPINS = 20000;  // before a waiting thread lets others run: about a millisecond, longer than a round pauses
+// How often a thread looks again before it lets others run: at a barrier, where the rest of the team may need this very
+// core, and between jobs, for about a millisecond, longer than a round pauses.
+constexpr int BARRIER_SPINS = 1000, IDLE_SPINS = 20000;
 
 // Threads that share a job. The caller is thread 0; the others sleep between jobs.
 class Pool {
@@ -76,12 +78,12 @@ class Pool {
             return;
         }
         for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; spins++)
-            spins < SPINS ? relax() : std::this_thread::yield();
+            spins < BARRIER_SPINS ? relax() : std::this_thread::yield();
     }
 
     void serve(int thread, unsigned seen) {
         for (;;) {
-            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) relax();
+            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < IDLE_SPINS; spins++) relax();
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return generation_ != seen; });
