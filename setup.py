@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
     "avx2": AVX2,
     "portable": [],
 }
-"""What kernels.cpp is compiled for, once each, as far as the compiler knows it; the core picks one when it is loaded."""
+"""What kernels.cpp is compiled for, once each, where the compiler can; the core picks one when it is loaded."""
 
 
 class BuildCore(build_ext):
