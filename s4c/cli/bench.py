@@ -161,7 +161,7 @@ def _print(summary: list[dict[str, Any]], timed: bool) -> None:
     if timed:
         categories = list(summary[0]["speedup_by_category"])
         table = Table("speedup", *categories)
-        for row in summary[1:]:
+        for row in (row for row in summary if row["method"] != "none"):
             table.add_row(row["method"], *(f"{row['speedup_by_category'][c]:.2f}" for c in categories))
         console.print(table)
     for row in summary:

@@ -6,6 +6,7 @@ what is built like them, SmolLM2 for one. `HFTarget` is the oracle that this fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -110,6 +111,8 @@ class LlamaTarget(Target):
             config.num_hidden_layers, self.shape, Rope(*inverse_frequencies(config)), dtype, device, native, norm
         )
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=loaded, device=device)
+        # A quantised head is no longer the embedding, tied or not.
+        self._tied = bool(config.tie_word_embeddings) and dtype != torch.int8
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
@@ -149,24 +152,30 @@ class LlamaTarget(Target):
         return self._embedding
 
     def head_weight(self, rows: Tensor | None = None) -> Tensor:
-        weight = self.head.dense()
+        weight = self._embedding if self._tied else self.head.dense()
         return weight if rows is None else weight[rows]
 
     def final_norm_weight(self) -> Tensor | None:
         return self._final_norm
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]], count: int, dtype: torch.dtype) -> None:
-        """Put each weight into its place as it is read; a layer is packed once it is whole, so the peak stays low."""
-        layers = [self._empty_layer(dtype) for _ in range(count)]
-        places = [self._layer_places(index, layer) for index, layer in enumerate(layers)]
-        waiting = [len(names) for names in places]
-        home = {name: (index, place) for index, names in enumerate(places) for name, place in names.items()}
-        home |= {name: (-1, place) for name, place in self._outer_places().items()}
-        places.clear()
+        """Put each weight into its place as it is read; a layer is unpacked only from its first weight to its last."""
+        places = self._outer_places()
+        unseen = set(range(count))
+        layers: dict[int, DecoderLayer] = {}
+        waiting: dict[int, int] = {}
         for name, tensor in tensors:
-            if name not in home:
+            found = re.match(r"model\.layers\.(\d+)\.", name)
+            index = int(found[1]) if found else -1
+            if index in unseen:
+                unseen.remove(index)
+                layers[index] = self._empty_layer(dtype)
+                names = self._layer_places(index, layers[index])
+                waiting[index] = len(names)
+                places |= names
+            place = places.pop(name, None)
+            if place is None:
                 continue
-            index, place = home.pop(name)
             if tensor.shape != place.shape:
                 raise CorruptCheckpoint(
                     f"weight {name} of {self.spec.name} is {list(tensor.shape)}; "
@@ -177,10 +186,11 @@ class LlamaTarget(Target):
             if index >= 0:
                 waiting[index] -= 1
                 if not waiting[index]:
-                    self._stack.place(index, layers[index])
-        if home:
+                    self._stack.place(index, layers.pop(index))
+        missing = [*places, *(f"model.layers.{index}" for index in unseen)]
+        if missing:
             raise CorruptCheckpoint(
-                f"the weights of {self.spec.name} lack {', '.join(sorted(home)[:3])} ({len(home)} in all)"
+                f"the weights of {self.spec.name} lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
             )
         self.head.pack(self.dtype, self.runtime == "native")
 

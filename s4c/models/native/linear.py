@@ -45,7 +45,8 @@ def _blocks(weight: Tensor, pair: bool) -> Tensor:
     if pair:
         gate, up = (_blocks(half, False).unflatten(0, (-1, BLOCK)) for half in weight.chunk(2))
         return torch.stack([gate, up], 1).flatten(0, 2)
-    return F.pad(weight, (0,) * (2 * weight.ndim - 1) + (-weight.shape[0] % BLOCK,))
+    missing = -weight.shape[0] % BLOCK
+    return F.pad(weight, (0,) * (2 * weight.ndim - 1) + (missing,)) if missing else weight
 
 
 class _Arena:
@@ -96,7 +97,9 @@ class NativeLinear:
             self._scale = _blocks(scale, pair)
             self._sums = _blocks(weight.sum(1, dtype=torch.int32), pair).contiguous()
         self._bias = None if bias is None else _blocks(bias.detach().float(), pair).contiguous()
-        rows = F.pad(_blocks(weight.detach().to(dtype), pair), (0, padded - inputs))
+        rows = _blocks(weight.detach().to(dtype), pair)
+        if padded > inputs:
+            rows = F.pad(rows, (0, padded - inputs))
         blocks = rows.view(-1, BLOCK, padded // form.together, form.together).transpose(1, 2)
         self._packed = _ARENA.empty(blocks.shape, dtype).copy_(blocks)
         pointers = (self._packed, self._scale, self._sums, self._bias)
