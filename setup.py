@@ -63,9 +63,6 @@ class BuildCore(build_ext):
             depends=[str(path) for path in SOURCES.iterdir()],
         )
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []
-
 
 setup(
     ext_modules=[Extension("s4c.models.native._core", [str(SOURCES / "core.cpp")], optional=True)],

@@ -107,12 +107,13 @@ def _prompts(llm: LLM, path: Path, most: int) -> list[list[int]]:
 
 
 def _folder(llm: LLM, drafter: str) -> Path | None:
-    """The checkpoint of the drafter; None for a method without training."""
+    """The checkpoint of the drafter, or of the first of two; None for a method without training."""
     from s4c.engine.llm import shipped_for
 
-    if drafter == "auto":
+    first = drafter if Path(drafter).is_dir() else drafter.partition("+")[0]
+    if first in ("auto", "shipped"):
         return shipped_for(llm.target)
-    return Path(drafter) if Path(drafter).is_dir() else None
+    return Path(first) if Path(first).is_dir() else None
 
 
 def _features(llm: LLM, rows: list[Row]) -> list[Tensor]:

@@ -1,8 +1,7 @@
 """Two drafters, one tree: what the second guesses is grafted onto the tree of the first.
 
 A model guesses new text, lookup finds repeated text (summaries, retrieval, code edits), and neither knows in
-advance which comes. Both are asked, and the pass that checks one checks the other: the nodes that they share
-are shared, and the number of nodes stays within the plan's.
+advance which comes. Both are asked, and the pass that checks one checks the other; nodes that both have are shared.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ class CombinedDrafter(Drafter):
 
     Args:
         first: the one whose tree it is.
-        second: the one whose guesses are added; it gets up to half of the nodes, and those that it leaves go to
-            the first.
+        second: the one whose guesses are added. Of a `best` tree it gets up to half of the nodes, and those that
+            it leaves go to the first; other trees keep their shape, and it adds to them.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
+        self._second_plan = TreePlan.parse(second.default_tree)
 
     def reserve(self, slots: int, length: int) -> None:
         self.first.reserve(slots, length)
@@ -40,11 +40,12 @@ class CombinedDrafter(Drafter):
 
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan
-        beside = self.second.propose(replace(sequences, plan=TreePlan.parse(self.second.default_tree)))
+        beside = self.second.propose(replace(sequences, plan=self._second_plan))
         found = int(beside.candidate.sum(1).max())
         tree = self.first.propose(replace(sequences, plan=plan.leaving(min(found, plan.nodes // 2))))
-        # The law of a sampled tree is that of its draws: nothing may be added to it.
-        return tree if bool(tree.sampled.any()) else merge(tree, beside, max(plan.nodes, tree.size))
+        if bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
+            return tree
+        return merge(tree, beside, plan.nodes if plan.kind == "best" else tree.size + found)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         self.first.commit(tree, verdict, output)

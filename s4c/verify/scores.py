@@ -291,8 +291,6 @@ def choose(processed: Tensor, noise: Tensor | None) -> Tensor:
     only where a token is taken from it (`check_chosen`): drafted text that is never committed may be absurd.
     """
     best, token = highest(processed if noise is None else processed + noise)
-    if bool(best.isfinite().all()):
-        return token
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, ALL_EXCLUDED, NOT_FINITE))
 
 

@@ -75,27 +75,52 @@ def from_paths(roots: Tensor, paths: Sequence[Sequence[Sequence[int]]], budget: 
     """
     rows = []
     for root, continuations in zip(roots.tolist(), paths, strict=True):
-        tokens, parents, child = [root], [-1], {}
+        row = _Row([root], [-1], [False])
         for path in continuations:
-            node = 0
+            node: int | None = 0
             for token in path:
-                if (node, token) not in child:
-                    if len(tokens) == budget:
-                        break
-                    child[node, token] = len(tokens)
-                    tokens.append(token)
-                    parents.append(node)
-                node = child[node, token]
-        rows.append((tokens, parents))
-    size = max(len(tokens) for tokens, _ in rows)
-    padded = [(t + [0] * (size - len(t)), p + [0] * (size - len(p)), len(t)) for t, p in rows]
-    columns = torch.arange(size)
-    counts = torch.tensor([count for _, _, count in padded])
+                if node is not None:
+                    node = row.add(node, token, budget)
+        rows.append(row)
+    return _tree_of(rows, roots.device)
+
+
+class _Row:
+    """The nodes of one row of a tree under construction, found by parent and token."""
+
+    def __init__(self, tokens: list[int], parents: list[int], candidate: list[bool]) -> None:
+        self.tokens, self.parents, self.candidate = tokens, parents, candidate
+        self._child: dict[tuple[int, int], int] = {}
+        for column, key in enumerate(zip(parents, tokens, strict=True)):
+            if candidate[column]:
+                self._child.setdefault(key, column)
+
+    def add(self, parent: int, token: int, budget: int) -> int | None:
+        """The column of that child, a new candidate where there is none; None where the budget allows no more."""
+        key = (parent, token)
+        if key not in self._child:
+            if len(self.tokens) >= budget:
+                return None
+            self._child[key] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.candidate.append(True)
+        return self._child[key]
+
+
+def _tree_of(rows: Sequence[_Row], device: torch.device) -> DraftTree:
+    """Rows of unequal length, padded by nodes that are no candidates; none is sampled."""
+    size = max(len(row.tokens) for row in rows)
+
+    def padded(name: str, fill: int | bool) -> Tensor:
+        lines = [getattr(row, name) for row in rows]
+        return torch.tensor([line + [fill] * (size - len(line)) for line in lines], device=device)
+
     return DraftTree(
-        tokens=torch.tensor([t for t, _, _ in padded], device=roots.device),
-        parents=torch.tensor([p for _, p, _ in padded], device=roots.device),
-        candidate=((columns > 0) & (columns < counts[:, None])).to(roots.device),
-        sampled=torch.zeros(len(rows), dtype=torch.bool, device=roots.device),
+        tokens=padded("tokens", 0),
+        parents=padded("parents", 0),
+        candidate=padded("candidate", False),
+        sampled=torch.zeros(len(rows), dtype=torch.bool, device=device),
     )
 
 
@@ -108,35 +133,17 @@ def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
         budget: most nodes of the outcome, no fewer than those of `tree`.
     """
     rows = []
-    for row in range(tree.tokens.shape[0]):
-        tokens, parents, candidate = (t[row].tolist() for t in (tree.tokens, tree.parents, tree.candidate))
-        child: dict[tuple[int, int], int] = {}
-        for column, key in enumerate(zip(parents, tokens, strict=True)):
-            if candidate[column]:
-                child.setdefault(key, column)
-        place = {0: 0}
-        for column in other.candidate[row].nonzero()[:, 0].tolist():
-            parent = place.get(int(other.parents[row, column]))
-            if parent is None:
-                continue
-            key = (parent, int(other.tokens[row, column]))
-            if key not in child and len(tokens) < budget:
-                child[key] = len(tokens)
-                tokens.append(key[1])
-                parents.append(parent)
-                candidate.append(True)
-            if key in child:
-                place[column] = child[key]
-        rows.append((tokens, parents, candidate))
-    size = max(len(tokens) for tokens, _, _ in rows)
-    pads = [size - len(tokens) for tokens, _, _ in rows]
-    device = tree.tokens.device
-    return DraftTree(
-        tokens=torch.tensor([t + [0] * pad for (t, _, _), pad in zip(rows, pads, strict=True)], device=device),
-        parents=torch.tensor([p + [0] * pad for (_, p, _), pad in zip(rows, pads, strict=True)], device=device),
-        candidate=torch.tensor([c + [False] * pad for (_, _, c), pad in zip(rows, pads, strict=True)], device=device),
-        sampled=tree.sampled,
-    )
+    columns = [t.tolist() for t in (tree.tokens, tree.parents, tree.candidate)]
+    others = [t.tolist() for t in (other.tokens, other.parents, other.candidate)]
+    for lines, beside in zip(zip(*columns, strict=True), zip(*others, strict=True), strict=True):
+        row = _Row(*lines)
+        place: dict[int, int | None] = {0: 0}
+        for column, (token, parent, candidate) in enumerate(zip(*beside, strict=True)):
+            above = place.get(parent)
+            if candidate and above is not None:
+                place[column] = row.add(above, token, budget)
+        rows.append(row)
+    return _tree_of(rows, tree.tokens.device)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -73,11 +74,11 @@ def _load() -> ctypes.CDLL | str:
     wanted = os.environ.get(SWITCH, "")
     if wanted == "off":
         return f"{SWITCH}=off"
-    files = sorted(Path(__file__).parent.glob("_core*.so"))
-    if not files:
+    file = Path(__file__).parent / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not file.exists():
         return "the C++ core is not built (installing the package builds it where there is a C++17 compiler)"
     try:
-        core = ctypes.CDLL(str(files[0]))
+        core = ctypes.CDLL(str(file))
     except OSError as error:
         return f"the C++ core cannot be loaded ({error})"
     core.s4c_variants.argtypes = [c_char_p, c_int]

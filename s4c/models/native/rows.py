@@ -21,6 +21,5 @@ def native_top_and_total(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Te
     top, index = torch.empty(*shape, count), torch.empty(*shape, count, dtype=torch.int64)
     total = torch.empty(*shape, 1)
     pointers = (top.data_ptr(), index.data_ptr(), total.data_ptr())
-    status = library.core().s4c_top(scores.data_ptr(), total.numel(), columns, count, *pointers)
-    assert status == 0
+    library.check(library.core().s4c_top(scores.data_ptr(), total.numel(), columns, count, *pointers))
     return top, index, total

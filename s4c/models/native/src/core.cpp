@@ -11,6 +11,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -42,8 +43,9 @@ class Pool {
 
     int size() const { return static_cast<int>(threads_.size()) + 1; }
 
-    void resize(int threads) {
-        if (threads == size()) return;
+    // As many threads as the system gives, and no more than that; says how many.
+    int resize(int threads) {
+        if (threads == size()) return threads;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             stopping_ = true;
@@ -53,7 +55,11 @@ class Pool {
         for (auto& thread : threads_) thread.join();
         threads_.clear();
         stopping_ = false;
-        for (int t = 1; t < threads; t++) threads_.emplace_back([this, t, seen = generation_.load()] { serve(t, seen); });
+        try {
+            for (int t = 1; t < threads; t++) threads_.emplace_back([this, t, seen = generation_.load()] { serve(t, seen); });
+        } catch (const std::system_error&) {
+        }
+        return size();
     }
 
     void run(const std::function<void(Team)>& job) {
@@ -65,11 +71,11 @@ class Pool {
         }
         if (size() > 1) wake_.notify_all();
         job({0, size(), this, &Pool::wait});
-        wait(this, 0);
+        wait(this);
     }
 
    private:
-    static void wait(void* self, int) {
+    static void wait(void* self) {
         auto& pool = *static_cast<Pool*>(self);
         unsigned phase = pool.phase_.load(std::memory_order_acquire);
         if (pool.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool.size()) {
@@ -91,7 +97,7 @@ class Pool {
                 if (stopping_) return;
             }
             (*job_)({thread, size(), this, &Pool::wait});
-            wait(this, thread);
+            wait(this);
         }
     }
 
@@ -197,6 +203,20 @@ const int at_fork = pthread_atfork(nullptr, nullptr, start_afresh);
 
 Core& core() { return *the_core; }
 
+// One job of all threads; -1 where memory ran out, for no exception may leave the C interface.
+template <class Work>
+int guarded(Work work) {
+    Core& c = core();
+    std::lock_guard<std::mutex> lock(c.mutex);
+    try {
+        c.threads = c.pool.resize(c.threads);
+        work(c);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
 size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
 size_t input_bytes(const Linear& linear) {
@@ -281,10 +301,7 @@ int s4c_threads() {
 // where the committed ones end. 0, or -1 where memory ran out.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
              int first_slot, const int32_t* lengths, const int64_t* parents) {
-    Core& c = core();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    try {
-        c.pool.resize(c.threads);
+    return guarded([&](Core& c) {
         read_rows(c, batch, count, pending, first_slot, lengths, parents);
         size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
         size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
@@ -309,41 +326,29 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
         auto kernel = c.variant->kernels()->pass;
         c.pool.run([&](Team team) { kernel(*stack, *cache, rows, x, s, out, team); });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    });
 }
 
 // out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
-    Core& c = core();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    try {
+    return guarded([&](Core& c) {
         size_t n = static_cast<size_t>(count);
-        c.pool.resize(c.threads);
         Scratch s{};
         s.input_stride = round_up(input_bytes(*linear), 64) + 64;
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
         s.scales = c.scales.get<float>(n);
         auto kernel = c.variant->kernels()->linear;
         c.pool.run([&](Team team) { kernel(*linear, x, count, s, out, team); });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    });
 }
 
 // values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
-// sum of its exponentials. 0, or -1 where k is not from 1 to MOST_TOP and columns.
+// sum of its exponentials; k is from 1 to MOST_TOP and no more than columns. 0, or -1 where memory ran out.
 int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals) {
-    if (k < 1 || k > MOST_TOP || k > columns) return -1;
-    Core& c = core();
-    std::lock_guard<std::mutex> lock(c.mutex);
-    c.pool.resize(c.threads);
-    auto kernel = c.variant->kernels()->top;
-    c.pool.run([&](Team team) { kernel(x, count, columns, k, values, indices, totals, team); });
-    return 0;
+    return guarded([&](Core& c) {
+        auto kernel = c.variant->kernels()->top;
+        c.pool.run([&](Team team) { kernel(x, count, columns, k, values, indices, totals, team); });
+    });
 }
 
 // Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.

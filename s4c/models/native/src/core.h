@@ -64,7 +64,7 @@ struct Rows {
 struct Team {
     int thread, threads;
     void* pool;
-    void (*wait)(void* pool, int thread);
+    void (*wait)(void* pool);
 };
 
 constexpr int MOST_TOP = 64;      // that are picked of a row

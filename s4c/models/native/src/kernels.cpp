@@ -35,7 +35,7 @@ inline Span share(int count, const Team& team) {
 }
 
 inline void wait(const Team& team) {
-    if (team.threads > 1) team.wait(team.pool, team.thread);
+    if (team.threads > 1) team.wait(team.pool);
 }
 
 inline int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
@@ -80,7 +80,7 @@ inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
 void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
     char* out = static_cast<char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
     if (linear.kind == FLOAT32) {
-        if (reinterpret_cast<const float*>(out) != x) std::memcpy(out, x, sizeof(float) * static_cast<size_t>(linear.inputs));
+        std::memcpy(out, x, sizeof(float) * static_cast<size_t>(linear.inputs));
     } else if (linear.kind == BFLOAT16) {
         to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<uint16_t*>(out));
     } else {
