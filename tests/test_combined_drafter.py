@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,26 @@ def test_the_first_gets_the_nodes_that_the_second_leaves(target: str) -> None:
         llm = LLM(target, CombinedDrafter(first, Fixed(found)), tree="best:16", threads=1)
         llm.generate([5, 6], SamplingParams(max_new_tokens=2, ignore_eos=True))
         assert first.plans[0].nodes == left
+
+
+@pytest.mark.parametrize("tree", ["comb:2", "comb:2x3", "chain:3"])
+def test_trees_of_fixed_shape_are_added_to(target: str, tree: str) -> None:
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    plain = LLM(target, "none", threads=1).generate([5, 6, 7, 8], params)
+    right = Fixed(plain.token_ids[:4])
+    found = LLM(target, CombinedDrafter(Fixed([]), right), tree=tree, threads=1).generate([5, 6, 7, 8], params)
+    assert found.token_ids == plain.token_ids
+    assert found.stats.acceptance_histogram[4] >= 1
+
+
+def test_nothing_is_added_to_a_sampled_tree(target: str) -> None:
+    class Sampled(Fixed):
+        def propose(self, sequences: Sequences) -> DraftTree:
+            return replace(super().propose(sequences), sampled=torch.ones(1, dtype=torch.bool))
+
+    drafter = CombinedDrafter(Sampled([1]), Fixed([2, 3]))
+    sequences = Sequences([[5, 6]], torch.tensor([6]), torch.tensor([1]), None, True, TreePlan.parse("chain:3"))  # type: ignore[arg-type]
+    assert drafter.propose(sequences).tokens.tolist() == [[6, 1]]
 
 
 def test_a_name_with_a_plus_is_two_drafters(target: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from s4c.models import builtin, loading, weights
 from s4c.models.builtin import Builtin
 from s4c.models.llama import LlamaTarget
 from s4c.models.loading import load_target, load_tokenizer, resolve
+from s4c.models.native import library
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,13 @@ def test_the_fast_runtime_where_it_can(tmp_path: Path, llama: Path) -> None:
     assert (target.spec.vocab_size, target.spec.hidden_size, target.spec.context_length) == (64, 32, 128)
     with pytest.raises(UnsupportedModel, match="gpt2"):
         load_target(str(gpt2), runtime="torch")
+
+
+@pytest.mark.skipif(os.environ.get("S4C_NATIVE") == "off", reason="switched off")
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler here")
+def test_the_core_is_built_where_there_is_a_compiler() -> None:
+    """Without it the tests of the native runtime are skipped, and nobody would see that it no longer compiles."""
+    assert library.problem() is None
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from s4c.models.loading import choose_runtime, load_config, load_target
 from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear
 from s4c.models.native.rows import native_top_and_total
-from s4c.models.stack import Rope, Stack, make_stack
+from s4c.models.stack import Rope, Stack, stack_class
 
 SETS = library.instruction_sets() if library.problem() is None else []
 SIZES = (1, 7, 16, 17, 33, 80, 576)
@@ -67,7 +67,7 @@ def stack_of(
     generator = torch.Generator().manual_seed(seed)
     final = RMSNorm(shape.hidden, shape.eps).requires_grad_(False)
     rope = Rope(100.0 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim), scaling)
-    stack = make_stack(2, shape, rope, dtype, torch.device("cpu"), native, final if norm else None)
+    stack = stack_class(native)(2, shape, rope, dtype, torch.device("cpu"), final if norm else None)
     final.weight.add_(0.2 * torch.randn(final.weight.shape, generator=generator))
     for index in range(2):
         layer = DecoderLayer(shape).requires_grad_(False)

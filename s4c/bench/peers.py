@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from s4c.engine.threads import torch_threads
+
 
 def transformers_generate(
     directory: Path, dtype: torch.dtype, device: torch.device, threads: int
@@ -22,19 +24,14 @@ def transformers_generate(
 
     def generate(prompt: list[int], max_new_tokens: int) -> list[int]:
         tokens = torch.tensor([prompt], device=device)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            with torch.no_grad():
-                output = model.generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-        finally:
-            torch.set_num_threads(before)
+        with torch.no_grad(), torch_threads(threads):
+            output = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
         written: list[int] = output[0, len(prompt) :].tolist()
         return written
 

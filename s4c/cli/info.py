@@ -21,7 +21,6 @@ import s4c
 from s4c.cli import options
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from torch import Tensor
 
@@ -60,17 +59,19 @@ def info(
 ) -> None:
     """Versions, devices, cache, models, drafters, and the measured cost of a pass."""
     options.start()
+    import torch
+
     models = _models()
     if target is None and models[options.DEFAULT_TARGET]["cached"]:
         target = options.DEFAULT_TARGET
-    measured = None
+    measured, used = None, torch.get_num_threads()
     if measure and target is not None:
         llm = options.load(target, drafter, tree=tree, dtype=dtype, device=device, threads=threads, runtime=runtime)
         with options.spinner("measuring"):
-            measured = _measure(llm, runtime)
+            measured, used = _measure(llm, runtime), llm.threads
     report = {
         "versions": _versions(),
-        "machine": _machine(),
+        "machine": _machine(used),
         "cache": _cache(),
         "models": models,
         **_drafters(),
@@ -87,25 +88,17 @@ def _versions() -> dict[str, str]:
     return {"s4c": s4c.__version__, "python": platform.python_version(), **parts}
 
 
-def _machine() -> dict[str, Any]:
+def _machine(threads: int) -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "devices": ["cpu", *gpus],
         "cores": os.cpu_count(),
-        "threads": _threads(),
+        "threads": threads,
         "cpu": _cpu_features(),
         "torch kernels": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _threads() -> int:
-    import torch
-
-    from s4c.models.native import library
-
-    return torch.get_num_threads() if library.problem() else library.threads()
 
 
 def _cpu_features() -> list[str]:
@@ -167,7 +160,7 @@ def _measure(llm: LLM, asked: str) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "context_length": target.spec.context_length,
         "pass_ms": pass_costs(target),
-        "floor_ms": round(1e3 * target.weight_bytes / read_bandwidth(target.device, llm.threads), 3),
+        "floor_ms": round(1e3 * target.weight_bytes / read_bandwidth(llm), 3),
         "round": round_cost(llm),
     }
 
@@ -198,19 +191,20 @@ def pass_costs(target: Target) -> dict[int, float]:
     return {n: round(1e3 * median(values[1:]), 3) for n, values in times.items()}
 
 
-def read_bandwidth(device: torch.device, threads: int) -> float:
-    """Bytes per second at which memory is read here, by the fastest of a few sums over 256 MB."""
+def read_bandwidth(llm: LLM) -> float:
+    """Bytes per second at which weights are read here: by the fastest of a few products with a matrix of 256 MB."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    numbers = torch.zeros(READ_BYTES // 4, device=device)
+    from s4c.models.layers import Linear
+
+    linear = Linear.of(torch.ones(READ_BYTES // 4 // 1024, 1024, device=llm.target.device))
+    linear.pack(torch.float32, llm.target.runtime == "native")
+    row = torch.ones(1, 1024, device=llm.target.device)
     seconds = []
     for _ in range(1 + PASSES):
-        started = time.perf_counter()
-        numbers.sum().item()
-        seconds.append(time.perf_counter() - started)
-    torch.set_num_threads(before)
+        started = _now(llm.target)
+        linear(row)
+        seconds.append(_now(llm.target) - started)
     return READ_BYTES / min(seconds)
 
 

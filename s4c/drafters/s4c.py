@@ -37,7 +37,7 @@ from s4c.drafters.base import (
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
 from s4c.models.native.rows import native_top_and_total
-from s4c.models.stack import Rope, make_stack
+from s4c.models.stack import Rope, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import TreeBuilder
 
@@ -290,8 +290,8 @@ class S4CDrafter(Drafter):
         self._stacks = []
         for trained in model.each_head():
             head = copy.deepcopy(trained).to(self.device).eval()
-            stack = make_stack(
-                len(head.layers), model.shape, rope, dtype, self.device, native, head.norm, head.entrance()
+            stack = stack_class(native)(
+                len(head.layers), model.shape, rope, dtype, self.device, head.norm, head.entrance()
             )
             for index, layer in enumerate(head.layers):
                 assert isinstance(layer, DecoderLayer)

@@ -21,6 +21,7 @@ from s4c.drafters.checkpoint import load_drafter, read_checkpoint
 from s4c.drafters.combined import CombinedDrafter
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
+from s4c.engine.threads import share_threads
 from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
@@ -248,20 +249,6 @@ class LLM:
             params = replace(params, seed=secrets.randbits(63))
         decode = self.decode if self.tokenizer is not None else None
         return Sequence(ids, params, decode, spec.eos_token_ids, spec.context_length)
-
-
-def share_threads(threads: int | None, target: Target) -> int:
-    """Give the threads to what computes, the native runtime or torch, and say how many it has."""
-    if target.runtime != "native":
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return torch.get_num_threads()
-    from s4c.models.native import library
-
-    if threads is not None:
-        library.set_threads(threads)
-    torch.set_num_threads(1)
-    return library.threads()
 
 
 def choose_drafter(name: str | Path, target: Target) -> Drafter:

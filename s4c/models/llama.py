@@ -16,7 +16,7 @@ from torch import Tensor
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
-from s4c.models.stack import Rope, make_stack
+from s4c.models.stack import Rope, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -107,9 +107,8 @@ class LlamaTarget(Target):
         loaded = torch.bfloat16 if dtype == torch.int8 else dtype
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device).requires_grad_(False)
         self._final_norm = norm.weight
-        self._stack = make_stack(
-            config.num_hidden_layers, self.shape, Rope(*inverse_frequencies(config)), dtype, device, native, norm
-        )
+        rope = Rope(*inverse_frequencies(config))
+        self._stack = stack_class(native)(config.num_hidden_layers, self.shape, rope, dtype, device, norm)
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=loaded, device=device)
         # A quantised head is no longer the embedding, tied or not.
         self._tied = bool(config.tie_word_embeddings) and dtype != torch.int8

@@ -28,14 +28,32 @@ class Rope:
 class Stack(ABC):
     """Decoder layers; a join before them and a norm after them where there are such.
 
+    Args:
+        layers: their number; `place` brings them.
+        shape: of each.
+        rope: their rotary angles.
+        dtype: of the weights and of the inputs of products.
+        device: where they run.
+        norm: after the last layer.
+        join: before the first one.
+
     Attributes:
         lengths: the committed rows of each slot.
     """
 
     lengths: list[int]
 
-    def __init__(self) -> None:
-        self.lengths = []
+    @abstractmethod
+    def __init__(
+        self,
+        layers: int,
+        shape: LayerShape,
+        rope: Rope,
+        dtype: torch.dtype,
+        device: torch.device,
+        norm: RMSNorm | None = None,
+        join: Join | None = None,
+    ) -> None: ...
 
     @abstractmethod
     def place(self, index: int, layer: DecoderLayer) -> None:
@@ -119,19 +137,10 @@ class TorchStack(Stack):
         self._cache.move(source, destination)
 
 
-def make_stack(
-    layers: int,
-    shape: LayerShape,
-    rope: Rope,
-    dtype: torch.dtype,
-    device: torch.device,
-    native: bool,
-    norm: RMSNorm | None = None,
-    join: Join | None = None,
-) -> Stack:
-    """An empty stack of the runtime asked for."""
+def stack_class(native: bool) -> type[Stack]:
+    """The stack of a runtime."""
     if not native:
-        return TorchStack(layers, shape, rope, dtype, device, norm, join)
+        return TorchStack
     from s4c.models.native.stack import NativeStack
 
-    return NativeStack(layers, shape, rope, dtype, norm, join)
+    return NativeStack

@@ -25,10 +25,12 @@ class NativeStack(Stack):
         shape: LayerShape,
         rope: Rope,
         dtype: torch.dtype,
+        device: torch.device,
         norm: RMSNorm | None = None,
         join: Join | None = None,
     ) -> None:
-        super().__init__()
+        assert device.type == "cpu"
+        self.lengths = []
         self._shape = shape
         self._dtype = dtype
         self._cell = torch.float32 if dtype == torch.float32 else torch.bfloat16

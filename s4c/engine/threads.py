@@ -1,0 +1,35 @@
+"""Who has the CPU's threads: the native runtime or torch, never both, for two pools would fight for the cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from s4c.models.base import Target
+
+
+def share_threads(threads: int | None, target: Target) -> int:
+    """Give the threads to what computes, the native runtime or torch, and say how many it has."""
+    if target.runtime != "native":
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return torch.get_num_threads()
+    from s4c.models.native import library
+
+    if threads is not None:
+        library.set_threads(threads)
+    torch.set_num_threads(1)
+    return library.threads()
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch have that many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
