@@ -22,7 +22,7 @@ constexpr int TILE_ROWS = 9, REGISTERS = 27;  // of a tile's sums
 #else
 constexpr int TILE_ROWS = 3, REGISTERS = 6;
 #endif
-constexpr int AHEAD = 48;         // inputs whose weights are fetched early, so that memory streams while sums are made
+constexpr int AHEAD = 48;        // inputs whose weights are fetched early, so that memory streams while sums are made
 constexpr int TURN_BYTES = 128;  // of the weights of one output
 
 struct Span {
@@ -214,7 +214,7 @@ struct __attribute__((packed)) TileConfig {
     }
 
 template <Kind KIND, int B>
-inline void tile_amx(const char* w, size_t block, int steps, const char* x, size_t stride, float* out) {
+inline void tile_registers(const char* w, size_t block, int steps, const char* x, size_t stride, float* out) {
     _tile_zero(0);
     if (B > 1) _tile_zero(1);
     if (B > 2) _tile_zero(2);
@@ -281,6 +281,18 @@ struct Tile {
     int begin, end;        // inputs
 };
 
+#if defined(S4C_AMX)
+template <int B>
+inline void tile_amx(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
+    size_t row = static_cast<size_t>(linear.padded) * (linear.kind == BFLOAT16 ? 2 : 1), block = row * BLOCK;
+    const char* w = static_cast<const char*>(linear.weight) + block * static_cast<size_t>(at.block);
+    const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(at.row);
+    int steps = static_cast<int>(row / 64);
+    if (linear.kind == BFLOAT16) tile_registers<BFLOAT16, B>(w, block, steps, x, s.input_stride, out);
+    else tile_registers<INT8, B>(w, block, steps, x, s.input_stride, out);
+}
+#endif
+
 template <int R, int B>
 inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
     const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(at.row);
@@ -290,13 +302,7 @@ inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* 
         tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, at.begin, at.end, x, s.input_stride, out);
         return;
     }
-#if defined(S4C_AMX)
-    size_t width = linear.kind == BFLOAT16 ? 2 : 1;
-    const char* w = static_cast<const char*>(linear.weight) + offset * width;
-    int steps = linear.padded * static_cast<int>(width) / 64;
-    if (linear.kind == BFLOAT16) tile_amx<BFLOAT16, B>(w, block * width, steps, x, s.input_stride, out);
-    else tile_amx<INT8, B>(w, block * width, steps, x, s.input_stride, out);
-#else
+#if !defined(S4C_AMX)
     auto* half = static_cast<const uint16_t*>(linear.weight) + offset;
     auto* byte = static_cast<const int8_t*>(linear.weight) + offset;
     const int32_t* sums = linear.sums + at.block * BLOCK;
@@ -307,6 +313,9 @@ inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* 
 
 template <int B>
 inline void tile_of(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
+#if defined(S4C_AMX)
+    if (linear.kind != FLOAT32) return tile_amx<B>(linear, at, s, out);
+#endif
     switch (at.rows) {
         case 1: return tile<1, B>(linear, at, s, out);
         case 2: return tile<2, B>(linear, at, s, out);
@@ -322,8 +331,7 @@ inline void tile_of(const Linear& linear, const Tile& at, const Scratch& s, floa
     }
 }
 
-// How many rows one tile takes, and after how many inputs the next tile has its turn: with several tiles the
-// weights of a turn then stay in the nearest cache, and memory streams on while they are used.
+// How many rows one tile takes.
 inline int tile_height(const Linear& linear) {
 #if defined(S4C_AMX)
     if (linear.kind != FLOAT32) return 16;
@@ -332,6 +340,8 @@ inline int tile_height(const Linear& linear) {
     return TILE_ROWS;
 }
 
+// After how many inputs the next tile has its turn: the weights of a turn stay in the nearest cache until the last tile
+// has used them, and memory streams on meanwhile.
 inline int turn_length(const Linear& linear, int tiles) {
     if (tiles == 1 || tile_height(linear) > TILE_ROWS) return linear.padded;
     return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
