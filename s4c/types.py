@@ -151,6 +151,9 @@ class DraftTree:
             of the rejection rule is exact.
         log_q: [B, N, V] float32, the drafter's law of the children of each node; None when no row is
             sampled. Rows of nodes without children are not read.
+        belief: [B, M, N] float32, what each of the M drafters that made the tree thinks of it: the log-probability of
+            the path to each node, NaN at nodes that this one did not guess. None where they do not say; the planner
+            then takes the tree as it is.
     """
 
     tokens: Tensor
@@ -158,6 +161,7 @@ class DraftTree:
     candidate: Tensor
     sampled: Tensor
     log_q: Tensor | None = None
+    belief: Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -66,7 +66,7 @@ def evaluate(
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
-    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": str(llm.plan)}
+    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):
         features = _features(llm, chosen)
@@ -140,17 +140,19 @@ def _heads(llm: LLM, folder: Path, rows: list[Row], features: list[Tensor]) -> d
 
 
 def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, Any] | None:
-    """MAL over the recorded answers at temperature 0; None where there are none."""
+    """MAL over the recorded answers at temperature 0; None where there are none, or where passes decide on the tree."""
+    from s4c.engine.planner import NAME
     from s4c.training.simulate import simulate
+    from s4c.verify.tree import TreePlan
 
     greedy = [r for r, row in enumerate(rows) if row.temperature == 0]
-    if not greedy:
+    if not greedy or llm.tree == NAME:
         return None
     result = simulate(
         llm.drafter,
         [rows[r] for r in greedy],
         lambda r: features[greedy[r]],
-        llm.plan,
+        TreePlan.parse(llm.tree),
         llm.target.spec.vocab_size,
         device=llm.target.device,
     )

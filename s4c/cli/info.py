@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,17 +20,9 @@ from s4c.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from s4c.engine.llm import LLM
     from s4c.models.base import Target
-    from s4c.types import DraftTree
-
-SIZES = (1, 2, 4, 8, 16, 32)
-"""Tokens of the passes that are measured."""
-
-CONTEXT = 200
-"""Tokens that stand before them."""
 
 PASSES = 7
 READ_BYTES = 256 * 2**20
@@ -162,6 +152,7 @@ def _measure(llm: LLM, asked: str) -> dict[str, Any]:
         "pass_ms": pass_costs(target),
         "floor_ms": round(1e3 * target.weight_bytes / read_bandwidth(llm), 3),
         "round": round_cost(llm),
+        "planner": planner_costs(llm),
     }
 
 
@@ -173,28 +164,31 @@ def _reason(target: Target, asked: str) -> str:
 
 
 def pass_costs(target: Target) -> dict[int, float]:
-    """Median milliseconds of a verification pass over a chain of 1, 2, 4, ... tokens behind `CONTEXT` others.
+    """Milliseconds of a verification pass by number of tokens."""
+    from s4c.engine.costs import SIZES, pass_seconds
 
-    The sizes take turns, so that whatever else the machine does falls on all of them.
-    """
-    sizes = [n for n in SIZES if n < target.spec.context_length]
-    context = max(1, min(CONTEXT, target.spec.context_length - sizes[-1]))
-    times: dict[int, list[float]] = {n: [] for n in sizes}
-    target.reserve(1, context + sizes[-1])
-    target.prefill(0, _some_tokens(target, context))
-    for _ in range(1 + PASSES):
-        for n in sizes:
-            tree = _chain(target, n)
-            started = _now(target)
-            target.verify(tree)
-            times[n].append(_now(target) - started)
-    return {n: round(1e3 * median(values[1:]), 3) for n, values in times.items()}
+    return _milliseconds(pass_seconds(target, target.verify, SIZES))
+
+
+def planner_costs(llm: LLM) -> dict[str, dict[int, float]] | None:
+    """What `--tree plan` goes by, in milliseconds: None before it was asked for."""
+    from s4c.engine.costs import known_costs
+
+    costs = known_costs(llm.target, llm.drafter, llm.threads)
+    if costs is None:
+        return None
+    return {"pass_ms": _milliseconds(costs.passes), "draft_ms_by_levels": _milliseconds(costs.drafts)}
+
+
+def _milliseconds(seconds: dict[int, float]) -> dict[int, float]:
+    return {n: round(1e3 * value, 3) for n, value in seconds.items()}
 
 
 def read_bandwidth(llm: LLM) -> float:
     """Bytes per second at which weights are read here: by the fastest of a few products with a matrix of 256 MB."""
     import torch
 
+    from s4c.engine.costs import now
     from s4c.models.layers import Linear
 
     linear = Linear.of(torch.ones(READ_BYTES // 4 // 1024, 1024, device=llm.target.device))
@@ -202,49 +196,25 @@ def read_bandwidth(llm: LLM) -> float:
     row = torch.ones(1, 1024, device=llm.target.device)
     seconds = []
     for _ in range(1 + PASSES):
-        started = _now(llm.target)
+        started = now(llm.target)
         linear(row)
-        seconds.append(_now(llm.target) - started)
+        seconds.append(now(llm.target) - started)
     return READ_BYTES / min(seconds)
-
-
-def _some_tokens(target: Target, count: int) -> Tensor:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(target.spec.vocab_size, (count,), generator=generator).to(target.device)
-
-
-def _chain(target: Target, count: int) -> DraftTree:
-    import torch
-
-    from s4c.verify.tree import from_paths
-
-    root, *path = _some_tokens(target, count).tolist()
-    return from_paths(torch.tensor([root], device=target.device), [[path]], count)
-
-
-def _now(target: Target) -> float:
-    """Seconds, with all work on the device done."""
-    import torch
-
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()
 
 
 def round_cost(llm: LLM) -> dict[str, Any]:
     """Mean milliseconds of the steps of a round of this drafter and tree."""
+    from s4c.engine.costs import CONTEXT, some_tokens
     from s4c.types import SamplingParams
 
     spec = llm.target.spec
     room = min(ROUNDED, spec.context_length // 2)
-    prompt = _some_tokens(llm.target, min(CONTEXT, spec.context_length - room)).tolist()
+    prompt = some_tokens(llm.target, min(CONTEXT, spec.context_length - room)).tolist()
     params = SamplingParams(max_new_tokens=room, ignore_eos=True)
     llm.generate(prompt, replace(params, max_new_tokens=min(8, room)))
     stats = llm.generate(prompt, params).stats
     steps = {name: round(1e3 * seconds / stats.rounds, 3) for name, seconds in stats.steps.items()}
-    return {"drafter": llm.drafter.name, "tree": str(llm.plan), "steps_ms": steps}
+    return {"drafter": llm.drafter.name, "tree": llm.tree, "steps_ms": steps}
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -286,3 +256,6 @@ def _print_target(target: dict[str, Any], console: Console) -> None:
     steps = ", ".join(f"{name} {cost:.1f}" for name, cost in target["round"]["steps_ms"].items())
     measured = target["round"]
     console.print(f"a round of {measured['drafter']} with {measured['tree']}, ms: {steps}", soft_wrap=True)
+    if target["planner"] is not None:
+        drafts = ", ".join(f"{levels}: {cost:.1f}" for levels, cost in target["planner"]["draft_ms_by_levels"].items())
+        console.print(f"--tree plan goes by a draft of so many levels, ms: {drafts}", soft_wrap=True)

@@ -35,7 +35,8 @@ Drafter = Annotated[
 Tree = Annotated[
     str,
     typer.Option(
-        help="Shape of the draft trees: comb:K, best:N, chain:D, or auto (what the drafter recommends).",
+        help="Shape of the draft trees: comb:K, best:N, chain:D, plan (what is fastest here, decided anew each "
+        "round), or auto (what the drafter recommends).",
         rich_help_panel=MODEL,
     ),
 ]

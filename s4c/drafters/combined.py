@@ -39,13 +39,11 @@ class CombinedDrafter(Drafter):
         self.second.prefill(slot, tokens, features)
 
     def propose(self, sequences: Sequences) -> DraftTree:
-        plan = sequences.plan
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
-        found = int(beside.candidate.sum(1).max())
-        tree = self.first.propose(replace(sequences, plan=plan.leaving(min(found, plan.nodes // 2))))
+        tree = self.first.propose(replace(sequences, plan=sequences.plan.beside(beside)))
         if bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
             return tree
-        return merge(tree, beside, plan.nodes if plan.kind == "best" else tree.size + found)
+        return merge(tree, beside, sequences.plan.limit)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         self.first.commit(tree, verdict, output)

@@ -39,7 +39,7 @@ from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, R
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreeBuilder
+from s4c.verify.tree import TreeBuilder, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
 PREFILL_CHUNK = 512
@@ -324,6 +324,8 @@ class S4CDrafter(Drafter):
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
+        if plan.nodes < 2:  # the heads take in what is committed when they are asked again
+            return root_only(sequences.roots)
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
         rows, features = self._catch_up(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])

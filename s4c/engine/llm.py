@@ -12,6 +12,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,6 +20,8 @@ from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, NoDrafter
 from s4c.drafters.checkpoint import load_drafter, read_checkpoint
 from s4c.drafters.combined import CombinedDrafter
+from s4c.engine.costs import measured_costs
+from s4c.engine.planner import NAME, CostPlanner, FixedPlanner, plans_by_levels
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
 from s4c.engine.threads import share_threads
@@ -63,7 +66,9 @@ class LLM:
             (plain decoding), `shipped`, the name of a method without training, a checkpoint directory, two of
             these joined by `+` (one tree of both), or a drafter.
         rule: `coupled` or `rejection`.
-        tree: `comb:K`, `best:N`, `chain:D`, or `auto` for what the drafter recommends.
+        tree: `comb:K`, `best:N`, `chain:D`, `plan` for the one that makes the most tokens per second, anew each round
+            (what passes cost is measured once and kept in the cache folder), or `auto` for what the drafter
+            recommends.
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
         runtime: `auto`, `native`, `torch` or `hf`.
@@ -92,7 +97,7 @@ class LLM:
     ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
-        if tree != "auto":
+        if tree not in ("auto", NAME):
             TreePlan.parse(tree)
         self.tokenizer: Any = None
         if isinstance(target, str):
@@ -103,6 +108,7 @@ class LLM:
         self.threads = share_threads(threads, target)
         self.rule = rule
         self.max_batch = max_batch
+        self._planners: WeakKeyDictionary[Drafter, CostPlanner] = WeakKeyDictionary()
         self.use(drafter, tree)
 
     def use(self, drafter: str | Path | Drafter, tree: str = "auto") -> None:
@@ -113,8 +119,9 @@ class LLM:
             tree: as for the class.
         """
         self.drafter = drafter if isinstance(drafter, Drafter) else choose_drafter(drafter, self.target)
-        self.plan = TreePlan.parse(self.drafter.default_tree if tree == "auto" else tree)
-        self._engine = Engine(self.target, self.drafter, self.plan, self.rule, self.max_batch)
+        self.tree = self.drafter.default_tree if tree == "auto" else tree
+        planner = self._planner() if self.tree == NAME else FixedPlanner(TreePlan.parse(self.tree))
+        self._engine = Engine(self.target, self.drafter, planner, self.rule, self.max_batch)
 
     def generate(
         self,
@@ -201,6 +208,13 @@ class LLM:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def _planner(self) -> CostPlanner:
+        """The planner of the drafter: what it has learnt is kept while others are used."""
+        if self.drafter not in self._planners:
+            costs = measured_costs(self.target, self.drafter, plans_by_levels(), self.threads)
+            self._planners[self.drafter] = CostPlanner(costs)
+        return self._planners[self.drafter]
 
     def _chat_ids(self, messages: Any) -> list[int]:
         tokenizer = self._need_tokenizer("a chat")

@@ -1,7 +1,7 @@
 """The engine: rounds over the running sequences.
 
 sequences = admit()                           # free slots go to waiting requests, which are prefilled
-tree      = drafter.propose(sequences)        # candidates and probes
+tree      = drafter.propose(sequences)        # candidates and probes, as many as are worth their pass
 output    = target.verify(tree)               # logits and features, one forward pass
 verdict   = rule(tree, output, scores)        # accepted path and bonus
 target.commit(verdict); drafter.commit(...)   # keep the accepted path
@@ -15,6 +15,7 @@ import time
 import torch
 
 from s4c.drafters.base import Drafter, Sequences
+from s4c.engine.planner import Planner
 from s4c.engine.scheduler import Scheduler
 from s4c.engine.sequence import Sequence
 from s4c.engine.stats import StepTimer
@@ -23,7 +24,6 @@ from s4c.models.base import Target
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.rules import Rule, rule_named
 from s4c.verify.scores import NoiseTable, Scores
-from s4c.verify.tree import TreePlan
 
 
 class Engine:
@@ -32,15 +32,15 @@ class Engine:
     Args:
         target: the model whose output it is.
         drafter: what guesses.
-        plan: shape and size of the trees.
+        planner: says which trees are drafted.
         rule: `coupled` or `rejection`.
         max_batch: most sequences to run at once.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, plan: TreePlan, rule: str, max_batch: int) -> None:
+    def __init__(self, target: Target, drafter: Drafter, planner: Planner, rule: str, max_batch: int) -> None:
         self.target = target
         self.drafter = drafter
-        self.plan = plan
+        self.planner = planner
         self.rule: Rule = rule_named(rule)
         self.sampled = rule == "rejection"
         self.scheduler = Scheduler(max_batch, self._move)
@@ -63,7 +63,7 @@ class Engine:
         with timer.step("schedule"):
             sequences = self._sequences(running)
         with timer.step("draft"):
-            tree = self.drafter.propose(sequences)
+            tree = self.planner.prune(self.drafter.propose(sequences))
         with timer.step("verify"):
             output = self.target.verify(tree)
         with timer.step("judge"):
@@ -74,7 +74,8 @@ class Engine:
             self.drafter.commit(tree, verdict, output)
         with timer.step("schedule"):
             self._append(running, verdict, logprobs)
-        self._account(running, timer, time.perf_counter() - started)
+        self.planner.record(verdict, timer.seconds)
+        self._account(running, tree, timer, time.perf_counter() - started)
         self.scheduler.retire()
         return running
 
@@ -90,7 +91,7 @@ class Engine:
             positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
             scores=Scores(params, tokens, [len(sequence.prompt) for sequence in running], self.noise),
             sampled=self.sampled,
-            plan=self.plan,
+            plan=self.planner.plan(len(running)),
         )
 
     def _prefill(self, sequence: Sequence) -> None:
@@ -98,8 +99,8 @@ class Engine:
         started = time.perf_counter()
         limit = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.spec.context_length)
         slots = min(self.scheduler.max_batch, len(self.scheduler.running) + len(self.scheduler.waiting))
-        self.target.reserve(slots, limit + self.plan.nodes)
-        self.drafter.reserve(slots, limit + self.plan.nodes)
+        self.target.reserve(slots, limit + self.planner.pool)
+        self.drafter.reserve(slots, limit + self.planner.pool)
         tokens = torch.tensor(sequence.prompt[:-1], dtype=torch.int64, device=self.target.device)
         features = self.target.prefill(sequence.slot, tokens)
         self.drafter.prefill(sequence.slot, tokens, features)
@@ -134,9 +135,10 @@ class Engine:
             if not sequence.finished:
                 sequence.append(tokens[: accepted[row] + 1], logprobs[row] if logprobs else None)
 
-    def _account(self, running: list[Sequence], timer: StepTimer, seconds: float) -> None:
+    def _account(self, running: list[Sequence], tree: DraftTree, timer: StepTimer, seconds: float) -> None:
         for sequence in running:
             sequence.stats.decode_seconds += seconds
+            sequence.stats.tree_sizes[tree.size] = sequence.stats.tree_sizes.get(tree.size, 0) + 1
             for name, value in timer.seconds.items():
                 sequence.stats.steps[name] += value
 

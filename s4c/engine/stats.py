@@ -19,6 +19,7 @@ class Stats:
         rounds: target passes after the prefill.
         new_tokens: tokens generated, a closing end-of-sequence token included.
         acceptance_histogram: entry a is the number of rounds that committed a + 1 tokens.
+        tree_sizes: rounds by the nodes of their trees, the root included.
         prefill_seconds: from the start of the prefill to the first round.
         decode_seconds: from the first round to the last.
         steps: seconds by step of the round.
@@ -27,6 +28,7 @@ class Stats:
     rounds: int = 0
     new_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    tree_sizes: dict[int, int] = field(default_factory=dict)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
@@ -55,6 +57,7 @@ class Stats:
             "new_tokens": self.new_tokens,
             "mean_acceptance_length": self.mean_acceptance_length,
             "acceptance_histogram": self.acceptance_histogram,
+            "tree_sizes": dict(sorted(self.tree_sizes.items())),
             "tokens_per_second": self.tokens_per_second,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,

@@ -18,9 +18,10 @@ probability. `chain` is a comb with one child.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,25 +63,36 @@ def root_only(roots: Tensor) -> DraftTree:
         parents=torch.full(shape, -1, device=roots.device),
         candidate=torch.zeros(shape, dtype=torch.bool, device=roots.device),
         sampled=torch.zeros(shape[0], dtype=torch.bool, device=roots.device),
+        belief=torch.zeros(shape[0], 1, 1, device=roots.device),
     )
 
 
-def from_paths(roots: Tensor, paths: Sequence[Sequence[Sequence[int]]], budget: int) -> DraftTree:
+def from_paths(
+    roots: Tensor,
+    paths: Sequence[Sequence[Sequence[int]]],
+    budget: int,
+    chances: Sequence[Sequence[float]] | None = None,
+) -> DraftTree:
     """Merge continuations into one tree for each sequence: shared beginnings become shared nodes.
 
     Args:
         roots: [B] int64.
         paths: for each sequence its continuations, the best first.
         budget: most nodes of a tree, the root included; later nodes are dropped.
+        chances: for each continuation how probable each of its tokens is, given those before; 1/2 where not given.
     """
     rows = []
-    for root, continuations in zip(roots.tolist(), paths, strict=True):
-        row = _Row([root], [-1], [False])
-        for path in continuations:
+    for b, (root, continuations) in enumerate(zip(roots.tolist(), paths, strict=True)):
+        row = _Row([root], [-1], [False], [[0.0]])
+        for c, path in enumerate(continuations):
+            step = math.log(chances[b][c] if chances is not None else 0.5)
             node: int | None = 0
             for token in path:
                 if node is not None:
+                    belief = row.belief[0][node] + step
                     node = row.add(node, token, budget)
+                    if node is not None and math.isnan(row.belief[0][node]):
+                        row.belief[0][node] = belief
         rows.append(row)
     return _tree_of(rows, roots.device)
 
@@ -88,8 +100,8 @@ def from_paths(roots: Tensor, paths: Sequence[Sequence[Sequence[int]]], budget: 
 class _Row:
     """The nodes of one row of a tree under construction, found by parent and token."""
 
-    def __init__(self, tokens: list[int], parents: list[int], candidate: list[bool]) -> None:
-        self.tokens, self.parents, self.candidate = tokens, parents, candidate
+    def __init__(self, tokens: list[int], parents: list[int], candidate: list[bool], belief: list[list[float]]) -> None:
+        self.tokens, self.parents, self.candidate, self.belief = tokens, parents, candidate, belief
         self._child: dict[tuple[int, int], int] = {}
         for column, key in enumerate(zip(parents, tokens, strict=True)):
             if candidate[column]:
@@ -105,6 +117,8 @@ class _Row:
             self.tokens.append(token)
             self.parents.append(parent)
             self.candidate.append(True)
+            for line in self.belief:
+                line.append(math.nan)
         return self._child[key]
 
 
@@ -116,11 +130,13 @@ def _tree_of(rows: Sequence[_Row], device: torch.device) -> DraftTree:
         lines = [getattr(row, name) for row in rows]
         return torch.tensor([line + [fill] * (size - len(line)) for line in lines], device=device)
 
+    beliefs = [[line + [math.nan] * (size - len(line)) for line in row.belief] for row in rows]
     return DraftTree(
         tokens=padded("tokens", 0),
         parents=padded("parents", 0),
         candidate=padded("candidate", False),
         sampled=torch.zeros(len(rows), dtype=torch.bool, device=device),
+        belief=torch.tensor(beliefs, dtype=torch.float32, device=device) if rows[0].belief else None,
     )
 
 
@@ -133,17 +149,42 @@ def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
         budget: most nodes of the outcome, no fewer than those of `tree`.
     """
     rows = []
-    columns = [t.tolist() for t in (tree.tokens, tree.parents, tree.candidate)]
-    others = [t.tolist() for t in (other.tokens, other.parents, other.candidate)]
-    for lines, beside in zip(zip(*columns, strict=True), zip(*others, strict=True), strict=True):
-        row = _Row(*lines)
+    known = tree.belief is not None and other.belief is not None
+    for (tokens, parents, candidate, belief), (*beside, beliefs) in zip(lines(tree), lines(other), strict=True):
+        unknown = [[0.0] + [math.nan] * (tree.size - 1) for _ in beliefs]
+        row = _Row(tokens, parents, candidate, belief + unknown if known else [])
         place: dict[int, int | None] = {0: 0}
-        for column, (token, parent, candidate) in enumerate(zip(*beside, strict=True)):
+        for column, (token, parent, is_candidate) in enumerate(zip(*beside, strict=True)):
             above = place.get(parent)
-            if candidate and above is not None:
-                place[column] = row.add(above, token, budget)
+            if is_candidate and above is not None:
+                place[column] = node = row.add(above, token, budget)
+                for line, theirs in zip(row.belief[len(belief) :], beliefs, strict=False):
+                    if node is not None:
+                        line[node] = theirs[column]
         rows.append(row)
     return _tree_of(rows, tree.tokens.device)
+
+
+def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
+    """The tree of some of the nodes.
+
+    Args:
+        tree: none of its rows is sampled.
+        kept: for each sequence as many columns, ascending, the root first; a node comes with its ancestors.
+    """
+    rows = []
+    for columns, (tokens, parents, candidate, belief) in zip(kept, lines(tree), strict=True):
+        place = {column: index for index, column in enumerate(columns)}
+        above = [-1, *(place[parents[column]] for column in columns[1:])]
+        thoughts = [[line[column] for column in columns] for line in belief]
+        rows.append(_Row([tokens[c] for c in columns], above, [candidate[c] for c in columns], thoughts))
+    return _tree_of(rows, tree.tokens.device)
+
+
+def lines(tree: DraftTree) -> Iterator[tuple[list[int], list[int], list[bool], list[list[float]]]]:
+    """Tokens, parents, candidates and beliefs of each row, as lists."""
+    beliefs = [[]] * tree.tokens.shape[0] if tree.belief is None else tree.belief.tolist()
+    yield from zip(tree.tokens.tolist(), tree.parents.tolist(), tree.candidate.tolist(), beliefs, strict=True)
 
 
 @dataclass(frozen=True)
@@ -154,13 +195,15 @@ class TreePlan:
         kind: `comb`, `best` or `chain`.
         width: children of an expanded node.
         depth: levels below the root; 0 means as deep as the drafter goes by itself.
-        nodes: most nodes of a tree, the root included.
+        nodes: most nodes of a tree, the root included; with 1 there is nothing to guess.
+        floor: no further level is wanted where no path of the frontier has this log-probability.
     """
 
     kind: str
     width: int
     depth: int
     nodes: int
+    floor: float = -math.inf
 
     FORMS = "comb:K or comb:KxD, best:N or best:NxD, chain:D (K children, D levels, N nodes with the root)"
 
@@ -190,13 +233,22 @@ class TreePlan:
         """The same plan, with the drafter's own depth where none was given."""
         if self.depth:
             return self
-        return TreePlan(self.kind, self.width, depth, self.width * depth + 1 if self.kind == "comb" else self.nodes)
+        return replace(self, depth=depth, nodes=self.width * depth + 1 if self.kind == "comb" else self.nodes)
 
-    def leaving(self, nodes: int) -> TreePlan:
-        """The same plan with fewer nodes, where their number is free; at least one is left to guess with."""
-        if self.kind != "best" or nodes == 0:
+    @property
+    def limit(self) -> int:
+        """Most nodes of the tree when others have added to it; trees of fixed shape may be added to freely."""
+        return self.nodes if self.kind == "best" else MOST_NODES
+
+    def beside(self, other: DraftTree) -> TreePlan:
+        """The plan for a drafter whose tree another one is to be merged into.
+
+        Where the number of nodes is free, the other gets up to half of them; at least one is left to guess with.
+        """
+        found = min(int(other.candidate.sum(1).max()), self.nodes // 2)
+        if self.kind != "best" or found == 0:
             return self
-        return TreePlan(self.kind, self.width, self.depth, max(2, self.nodes - nodes))
+        return replace(self, nodes=max(2, self.nodes - found))
 
     def grow(self, roots: Tensor, select: Select | None = None) -> TreeBuilder:
         """Start a tree below each root, [B] int64; `select` does what `top_and_total` does."""
@@ -236,7 +288,9 @@ class TreeBuilder:
     @property
     def open(self) -> bool:
         """Whether another level is wanted."""
-        if self.level >= self.plan.depth:
+        if self.level >= self.plan.depth or self.plan.nodes < 2:
+            return False
+        if self.level and not bool((self._path.gather(1, self.frontier) >= self.plan.floor).any()):
             return False
         if self.plan.kind != "best" or self._path.shape[1] < self.plan.nodes:
             return True
@@ -295,7 +349,7 @@ class TreeBuilder:
             parents[:, 0] = -1
         candidate = path.isfinite()
         candidate[:, 0] = False
-        return DraftTree(tokens, parents, candidate, sampled, self._log_q(tokens.shape[1]))
+        return DraftTree(tokens, parents, candidate, sampled, self._log_q(tokens.shape[1]), path[:, None])
 
     def _log_q(self, size: int) -> Tensor | None:
         if not self._laws:

@@ -1,0 +1,237 @@
+"""What passes and drafts cost on this machine: measured once, kept on disk, followed while generating.
+
+    T(n)  seconds of a pass over n tokens, its judgement included
+    D(l)  seconds of a draft of l levels; D(0) where the drafter is asked for none
+
+A file holds both for each machine, target and drafter, below the folder `costs` of the cache. While generating, what
+the rounds take corrects them: the pace, by which a pass takes longer now than when it was measured (a long context, a
+busy machine, costly sampling), and the drafts of each batch size. All are medians of the last rounds, which one slow
+round does not move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s4c.drafters.base import Drafter, Sequences
+from s4c.models.base import Target
+from s4c.models.builtin import home, status
+from s4c.types import DraftTree, SamplingParams
+from s4c.verify.rules import coupled
+from s4c.verify.scores import NoiseTable, Scores, choose
+from s4c.verify.tree import TreePlan, from_paths, root_only
+
+FORMAT = 1
+"""Raised when a file comes to hold something else, or when what is measured changes."""
+
+SIZES = (1, 2, 4, 8, 16, 24, 32)
+"""Tokens of the passes that are measured."""
+
+CONTEXT = 200
+"""Tokens that stand before them."""
+
+REPEATS = 7
+RECENT = 15
+"""Rounds whose medians count."""
+
+TRUSTED = 1.5
+"""A file is measured anew where a pass takes so many times what it says, or the inverse of it."""
+
+
+class Recent:
+    """The median of the last values."""
+
+    def __init__(self, start: float) -> None:
+        self._values = deque([start], maxlen=RECENT)
+        self.middle = start
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.middle = median(self._values)
+
+
+class Costs:
+    """Seconds of rounds.
+
+    Args:
+        passes: T(n) by number of tokens.
+        drafts: D(l) for one sequence, by levels from 0 on.
+    """
+
+    def __init__(self, passes: Mapping[int, float], drafts: Mapping[int, float]) -> None:
+        self.passes, self.drafts = dict(sorted(passes.items())), dict(sorted(drafts.items()))
+        self._table = _between(self.passes)
+        last = len(self._table) - 1
+        self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
+        self._pace = Recent(1.0)
+        self._rest = Recent(0.0)
+        self._drafts: dict[tuple[int, int], Recent] = {}
+
+    def round(self, batch: int, nodes: int, levels: int) -> float:
+        """Seconds of a round with trees of that many nodes after a draft of that many levels."""
+        drafted = self._drafts.get((batch, levels))
+        draft = self.drafts.get(levels, 0.0) if drafted is None else drafted.middle
+        return self._pace.middle * (self._pass(batch * nodes) + draft) + self._rest.middle
+
+    def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float]) -> None:
+        """Take in a round: seconds by step, as `StepTimer` names them."""
+        passed = seconds["verify"] + seconds["judge"]
+        self._pace.add(passed / self._pass(batch * nodes))
+        self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
+        draft = seconds["draft"] / self._pace.middle
+        self._drafts.setdefault((batch, levels), Recent(draft)).add(draft)
+
+    def _pass(self, tokens: int) -> float:
+        beyond = tokens - len(self._table) + 1
+        return self._table[-1] + beyond * self._slope if beyond > 0 else self._table[tokens]
+
+
+def _between(passes: Mapping[int, float]) -> list[float]:
+    """T(n) for n = 0 .. the largest measured: straight lines between what was measured, never falling."""
+    sizes = list(passes)
+    table = [passes[sizes[0]]] * (sizes[0] + 1)
+    for low, high in pairwise(sizes):
+        start, end = table[-1], max(table[-1], passes[high])
+        table += [start + (end - start) * step / (high - low) for step in range(1, high - low + 1)]
+    return table
+
+
+def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan], threads: int) -> Costs:
+    """The costs of this target and drafter on this machine, from the cache folder or measured now.
+
+    Args:
+        plans: the tree of each number of levels.
+        threads: CPU threads of the process.
+    """
+    file = _file(target, drafter, threads)
+    costs = _read(file)
+    if costs is not None and not _outdated(costs, target):
+        return costs
+    with status("measuring what a pass costs here, once"):
+        costs = Costs(pass_seconds(target, judged(target), SIZES), draft_seconds(target, drafter, plans))
+    _write(file, costs)
+    return costs
+
+
+def known_costs(target: Target, drafter: Drafter, threads: int) -> Costs | None:
+    """What the cache folder holds of them."""
+    return _read(_file(target, drafter, threads))
+
+
+def _file(target: Target, drafter: Drafter, threads: int) -> Path:
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
+    identity: list[Any] = [FORMAT, platform.node(), platform.machine(), device, os.cpu_count(), threads]
+    identity += [target.spec.fingerprint, target.runtime, str(target.dtype), drafter.name, drafter.default_tree]
+    return home() / "costs" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
+
+
+def _read(file: Path) -> Costs | None:
+    """None where there is no such file, or one that does not hold what it should."""
+    try:
+        tables = json.loads(file.read_text())
+        passes, drafts = ({int(n): float(s) for n, s in tables[name].items()} for name in ("passes", "drafts"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    sound = all(0 <= s < float("inf") for s in (*passes.values(), *drafts.values())) and all(passes.values())
+    return Costs(passes, drafts) if sound and len(passes) > 1 and 0 in drafts and min(passes) == 1 else None
+
+
+def _write(file: Path, costs: Costs) -> None:
+    """Write beside and rename, so that a reader finds a whole file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.part-", delete=False) as part:
+            json.dump({"passes": costs.passes, "drafts": costs.drafts}, part)
+        os.replace(part.name, file)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {file}: {error}. Give the cache folder room and rights, or name another one by the "
+            "environment variable S4C_HOME"
+        ) from error
+
+
+def _outdated(costs: Costs, target: Target) -> bool:
+    sizes = [n for n in (1, 16) if n in costs.passes]
+    now = pass_seconds(target, judged(target), sizes)
+    return any(not 1 / TRUSTED < now[n] / costs.passes[n] < TRUSTED for n in now)
+
+
+def judged(target: Target) -> Callable[[DraftTree], object]:
+    """A pass and its judgement at temperature 0."""
+    return lambda tree: choose(target.verify(tree).logits, None)
+
+
+def pass_seconds(target: Target, work: Callable[[DraftTree], object], sizes: Sequence[int]) -> dict[int, float]:
+    """Median seconds of `work` on a chain of 1, 2, 4, ... tokens behind `CONTEXT` others in slot 0.
+
+    The sizes take turns, so that whatever else the machine does falls on all of them.
+    """
+    sizes = [n for n in sizes if n < target.spec.context_length]
+    context = max(1, min(CONTEXT, target.spec.context_length - sizes[-1]))
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    target.reserve(1, context + sizes[-1])
+    target.prefill(0, some_tokens(target, context))
+    for _ in range(1 + REPEATS):
+        for n in sizes:
+            root, *path = some_tokens(target, n).tolist()
+            tree = from_paths(torch.tensor([root], device=target.device), [[path]], n)
+            started = now(target)
+            work(tree)
+            times[n].append(now(target) - started)
+    return {n: median(values[1:]) for n, values in times.items()}
+
+
+def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan]) -> dict[int, float]:
+    """Median seconds of `propose` by levels, behind a text of random tokens in slot 0 that grows by one a round."""
+    spec, rounds = target.spec, (1 + REPEATS) * len(plans)
+    room = rounds + max(plan.nodes for plan in plans.values())
+    line = some_tokens(target, max(2, min(CONTEXT, spec.context_length - room))).tolist()
+    for part in (target, drafter):
+        part.reserve(1, len(line) + room)
+    prompt = torch.tensor(line[:-1], device=target.device)
+    drafter.prefill(0, prompt, target.prefill(0, prompt))
+    params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device)
+    times: dict[int, list[float]] = {levels: [] for levels in plans}
+    for _ in range(1 + REPEATS):
+        for levels, plan in plans.items():
+            if len(line) + max(plan.nodes, 1) > spec.context_length:
+                break
+            root, position = (torch.tensor([n], device=target.device) for n in (line[-1], len(line) - 1))
+            scores = Scores(params, [line], [len(line)], noise)
+            started = now(target)
+            drafter.propose(Sequences([line], root, position, scores, False, plan))
+            times[levels].append(now(target) - started)
+            plain = root_only(root)
+            output = target.verify(plain)
+            verdict = coupled(plain, output, scores)
+            target.commit(verdict)
+            drafter.commit(plain, verdict, output)
+            line.append(int(verdict.bonus))
+    return {levels: median(values[1:] or values) for levels, values in times.items() if values}
+
+
+def some_tokens(target: Target, count: int) -> Tensor:
+    """[count] int64, random but always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(target.spec.vocab_size, (count,), generator=generator).to(target.device)
+
+
+def now(target: Target) -> float:
+    """Seconds, with all work on the device done."""
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()

@@ -1,0 +1,372 @@
+"""The planner: each round the tree that makes the most tokens per second on this machine.
+
+                          B + sum of a(v) over the nodes v of the B trees, their roots not counted
+    tokens per second  =  ------------------------------------------------------------------------
+                                    T(B n) + D(l) + the rest of the round
+
+n is the size of a tree and l the number of levels that were drafted, T and D are measured (engine/costs.py), and a(v)
+is the chance that v is accepted: the product, along its path, of the chances that a node is where its parent is.
+
+The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
+by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
+checked or not, for the round tells which token came there. So are the sizes decided, in two steps.
+
+    Before drafting    l, from what level i added on average when level i - 1 was right. Nothing is drafted where the
+                       formula is highest at l = 0; what another drafter found (`beside`) is counted first.
+    Before the pass    n, from the nodes that are there: those of highest a(v) enter, as many as make it highest. No
+                       node is more probable than its parent, so the tree is whole.
+
+What is not tried is not known. Where nothing is drafted, the planner tries all the same, but spends no more than
+`TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns quickly when the text
+changes. An estimate of a level that is not drafted, though the one before was right, fades to that of the one before.
+
+Lossless: under the coupled rule the output does not depend on the trees at all. Under the rejection rule it is exact in
+law when a tree is a function of the committed text, of the drafter's laws below it, and of randomness that the
+judgement does not see. Trees of kind `best` take the most probable children, not drawn ones, and what is remembered
+here, seconds included, was seen when the tokens before the root were judged; the coins and draws at later positions
+have not been looked at. The tree, and with the rejection rule the text for a seed, differ from run to run, for
+seconds do; that is why a plan has to be asked for there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from s4c.engine.costs import Costs
+from s4c.types import DraftTree, Verdict
+from s4c.verify.tree import TreePlan, lines, pruned
+
+NAME = "plan"
+"""What users write in place of a tree."""
+
+DEEPEST, WIDTH, POOL = 8, 8, 32
+"""Most levels, children of a node, and nodes to choose from."""
+
+TRYING = 0.01
+"""Part of the time that tries may lose."""
+
+MEMORY_OF_NODES, MEMORY_OF_LEVELS = 0.99, 0.95
+"""What an observation still counts when the next one comes."""
+
+PRIOR_WEIGHT = 4.0
+"""Observations that what is believed beforehand counts for."""
+
+LEVEL_PRIOR, NODES_PRIOR = 0.6, 2.0
+"""Chance that the next level is right, and nodes of it that are kept, before anything is known."""
+
+OVERLAPS = 4
+"""Degrees of certainty of the other drafter, by which what a level adds to it is told apart."""
+
+
+class Planner(Protocol):
+    """Decides the trees of an engine's rounds."""
+
+    @property
+    def pool(self) -> int:
+        """Most nodes of a tree."""
+
+    def plan(self, batch: int) -> TreePlan:
+        """The plan that the drafter of this round gets."""
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        """The part of a drafted tree that is worth its pass."""
+
+    def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
+        """Take in what became of the round; seconds by step."""
+
+
+@dataclass
+class FixedPlanner:
+    """The same plan for every round."""
+
+    fixed: TreePlan
+
+    @property
+    def pool(self) -> int:
+        return self.fixed.nodes
+
+    def plan(self, batch: int) -> TreePlan:
+        return self.fixed
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        return tree
+
+    def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
+        pass
+
+
+@dataclass
+class Mean:
+    """An exponentially forgetting mean that starts from a prior."""
+
+    memory: float
+    hits: float = 0.0
+    weight: float = 0.0
+
+    def observe(self, value: float, weight: float = 1.0) -> None:
+        self.fade()
+        self.hits += value
+        self.weight += weight
+
+    def fade(self) -> None:
+        self.hits *= self.memory
+        self.weight *= self.memory
+
+    def value(self, prior: float, unit: float = 1.0) -> float:
+        """The mean; a prior counts for `PRIOR_WEIGHT` observations, each of a weight of `unit`."""
+        return (self.hits + PRIOR_WEIGHT * unit * prior) / (self.weight + PRIOR_WEIGHT * unit)
+
+
+@dataclass
+class Level:
+    """What is known of one level of the first drafter: is it right where the one before is, how many nodes are kept."""
+
+    right: Mean = field(default_factory=lambda: Mean(MEMORY_OF_LEVELS))
+    nodes: Mean = field(default_factory=lambda: Mean(MEMORY_OF_LEVELS))
+
+
+Cell = tuple[int, int, int]
+"""Who guessed a node (a bit for each drafter), its depth, the log-odds of q."""
+
+
+@dataclass
+class Row:
+    """The nodes of one sequence's tree, by column.
+
+    Attributes:
+        tokens, parents, depths: of the nodes.
+        cells, laws: where a node is counted, and q: its drafter's probability of it, given its parent.
+        chances: a(v); 0 for what is no candidate.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    cells: list[Cell]
+    laws: list[float]
+    chances: list[float]
+
+    def certainty(self) -> list[float]:
+        """For each depth the chance that one of its nodes is accepted."""
+        sums = [0.0] * (DEEPEST + 1)
+        for depth, chance in zip(self.depths[1:], self.chances[1:], strict=True):
+            if depth <= DEEPEST:
+                sums[depth] += chance
+        return sums
+
+
+@dataclass
+class _Round:
+    """What was decided for a round, and what the record of it needs."""
+
+    batch: int
+    levels: int = 0
+    certainties: list[list[float]] = field(default_factory=list)
+    undrafted_rate: float = 0.0
+    stake: float = 0.0
+    rows: list[Row] | None = None
+    kept: list[list[int]] = field(default_factory=list)
+    size: int = 1
+
+
+class CostPlanner:
+    """The planner of the head of this file, for one target and drafter.
+
+    Args:
+        costs: of rounds.
+    """
+
+    pool = POOL
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.nodes: dict[Cell, Mean] = {}
+        self.levels = [Level() for _ in range(DEEPEST + 1)]
+        self.added = [Mean(MEMORY_OF_LEVELS) for _ in range(OVERLAPS + 1)]
+        self._credit = math.inf
+        self._round = _Round(1)
+
+    def plan(self, batch: int) -> TreePlan:
+        self._round = _Round(batch)
+        return self._decide([])
+
+    def beside(self, other: DraftTree) -> TreePlan:
+        """The plan for a drafter whose tree that one is to be merged into."""
+        return self._decide([] if other.belief is None else self.read(other))
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        now = self._round
+        now.size = tree.size
+        if tree.belief is None:
+            return tree
+        now.rows = self.read(tree)
+        now.size, _, _ = self._best(now.rows, now.levels)
+        orders = [sorted(range(tree.size), key=lambda v: (v > 0, -row.chances[v], v)) for row in now.rows]
+        now.kept = [sorted(order[: now.size]) for order in orders]
+        return tree if now.size == tree.size else pruned(tree, now.kept)
+
+    def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
+        now = self._round
+        self.costs.observe(now.batch, now.size, now.levels, seconds)
+        accepted = verdict.accepted.tolist()
+        for b, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
+            self._learn(b, tokens[: count + 1])
+        self._settle(now.batch + sum(accepted))
+
+    def read(self, tree: DraftTree) -> list[Row]:
+        """The nodes of a tree whose beliefs are known, with their calibrated chances."""
+        return [self._row(*line) for line in lines(tree)]
+
+    def chance(self, cell: Cell, law: float) -> float:
+        """The calibrated chance of a node whose parent is accepted."""
+        return min(1.0, law * self.nodes[cell].value(1.0, law)) if cell in self.nodes else law
+
+    def _row(self, tokens: list[int], parents: list[int], candidate: list[bool], belief: list[list[float]]) -> Row:
+        row = Row(tokens, parents, [0], [(0, 0, 0)], [1.0], [1.0])
+        for v in range(1, len(tokens)):
+            above = parents[v]
+            depth = row.depths[above] + 1
+            guessing = [m for m, line in enumerate(belief) if candidate[v] and not math.isnan(line[v])]
+            line = belief[guessing[0]] if guessing else []
+            law = min(max(math.exp(min(0.0, line[v] - line[above])), 1e-9), 1 - 1e-9) if guessing else 0.0
+            odds = min(max(round(math.log(law / (1 - law))), -6), 6) if guessing else 0
+            cell = (sum(1 << m for m in guessing), min(depth, DEEPEST), odds)
+            row.depths.append(depth)
+            row.cells.append(cell)
+            row.laws.append(law)
+            row.chances.append(row.chances[above] * self.chance(cell, law) if guessing else 0.0)
+        return row
+
+    def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
+        """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
+        ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
+        batch, most = self._round.batch, max((len(row.tokens) for row in rows), default=1)
+        tokens = float(batch)
+        best = (1, tokens, self.costs.round(batch, 1, levels))
+        for size in range(2, most + 1):
+            tokens += sum(chances[size - 2] for chances in ordered)
+            seconds = self.costs.round(batch, size, levels)
+            if tokens * best[2] > best[1] * seconds:
+                best = (size, tokens, seconds)
+        return best
+
+    def _decide(self, beside: list[Row]) -> TreePlan:
+        """How many levels to draft, where another drafter has found what it has."""
+        now = self._round
+        now.certainties = [row.certainty() for row in beside] or [[0.0] * (DEEPEST + 1)] * now.batch
+        found, tokens, seconds = self._best(beside, 0)
+        now.undrafted_rate = best_rate = tokens / seconds
+        best, tried, tried_rate = 0, 1, 0.0
+        reach, right, nodes = 1.0, LEVEL_PRIOR, float(found)
+        for level in range(1, DEEPEST + 1):
+            right = self.levels[level].right.value(right)
+            reach *= right
+            tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
+            nodes += self.levels[level].nodes.value(NODES_PRIOR)
+            size = min(math.ceil(nodes), POOL)
+            cost = self.costs.round(now.batch, size, level)
+            if tokens / cost > best_rate:
+                best, best_rate = level, tokens / cost
+            if tokens / cost > tried_rate:
+                tried, tried_rate, now.stake = level, tokens / cost, cost - seconds
+        now.levels = best or (tried if self._credit >= now.stake else 0)
+        return self._planned(max(2, POOL - found + 1) if now.levels else 1, best_rate if best else 0.0)
+
+    def _planned(self, nodes: int, rate: float) -> TreePlan:
+        """The plan of a decision; its floor is where a level costs more than it can bring."""
+        levels, batch = self._round.levels, self._round.batch
+        floor = -math.inf
+        if rate and levels > 1:
+            cost = self.costs.round(batch, 1, levels) - self.costs.round(batch, 1, 1)
+            worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].right.value(LEVEL_PRIOR)
+            floor = math.log(worth) if worth > 0 else -math.inf
+        return Planned("best", WIDTH, max(levels, 1), nodes, min(floor, -0.1), self)
+
+    def _added(self, certainty: float) -> float:
+        """Of what a level gets right, the part that the other drafter has not got, given how sure that one is."""
+        if certainty == 0:
+            return 1.0
+        degree = _degree(certainty)
+        return self.added[degree].value(1 - (degree - 0.5) / OVERLAPS)
+
+    def _learn(self, b: int, tokens: list[int]) -> None:
+        """Follow the committed tokens down the tree of a sequence, and count who guessed them."""
+        now = self._round
+        if now.rows is None:
+            alive = len(tokens) - 1
+            self._learn_levels(alive, [0] * (DEEPEST + 1))
+            return
+        row, kept = now.rows[b], set(now.kept[b])
+        children: dict[int, list[int]] = {}
+        sizes = [0] * (DEEPEST + 1)
+        for v in range(1, len(row.tokens)):
+            if row.cells[v][0]:
+                children.setdefault(row.parents[v], []).append(v)
+                if v in kept and row.cells[v][0] & 1 and row.depths[v] <= DEEPEST:
+                    sizes[row.depths[v]] += 1
+        node, first, alive = 0, True, 0
+        for depth, token in enumerate(tokens, start=1):
+            following = None
+            for v in children.get(node, []):
+                hit = row.tokens[v] == token
+                self.nodes.setdefault(row.cells[v], Mean(MEMORY_OF_NODES)).observe(hit, row.laws[v])
+                following = v if hit else following
+            if following is None:
+                break
+            node, who = following, row.cells[following][0]
+            first = first and bool(who & 1) and node in kept
+            if first and depth <= DEEPEST:
+                alive = depth
+                if now.certainties[b][depth]:
+                    self.added[_degree(now.certainties[b][depth])].observe(who == 1)
+        self._learn_levels(alive, sizes)
+
+    def _learn_levels(self, alive: int, sizes: Sequence[int]) -> None:
+        """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
+        levels = self._round.levels
+        for level in range(1, levels + 1):
+            self.levels[level].nodes.observe(sizes[level])
+            if alive >= level - 1:
+                self.levels[level].right.observe(alive >= level)
+        if 0 < levels < DEEPEST and alive >= levels:
+            self.levels[levels + 1].right.fade()
+
+    def _settle(self, tokens: int) -> None:
+        """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""
+        now = self._round
+        most = max(now.stake, self.costs.round(now.batch, 1, 0))
+        seconds = self.costs.round(now.batch, now.size, now.levels)
+        self._credit = min(self._credit, most) + TRYING * seconds
+        if now.levels:
+            self._credit -= seconds - tokens / now.undrafted_rate
+        self._credit = min(max(self._credit, -most), most)
+
+
+def _degree(certainty: float) -> int:
+    return min(1 + int(OVERLAPS * certainty), OVERLAPS)
+
+
+@dataclass(frozen=True)
+class Planned(TreePlan):
+    """A plan of this round alone, made by a planner."""
+
+    planner: CostPlanner | None = field(default=None, compare=False, repr=False)
+
+    def beside(self, other: DraftTree) -> TreePlan:
+        assert self.planner is not None
+        return self.planner.beside(other)
+
+    @property
+    def limit(self) -> int:
+        return POOL
+
+    def __str__(self) -> str:
+        return NAME
+
+
+def plans_by_levels() -> dict[int, TreePlan]:
+    """What is drafted when the costs of drafts are measured: as deep as is said, as wide as the planner asks for."""
+    return {n: TreePlan("best", WIDTH, max(n, 1), POOL if n else 1) for n in range(DEEPEST + 1)}
