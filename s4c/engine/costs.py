@@ -93,7 +93,8 @@ class Costs:
         self._pace.add(passed / self._pass(batch * nodes))
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._pace.middle
-        self._drafts.setdefault((batch, levels), Recent(draft)).add(draft)
+        start = self.drafts.get(levels, draft)
+        self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
     def _pass(self, tokens: int) -> float:
         beyond = tokens - len(self._table) + 1

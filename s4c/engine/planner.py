@@ -48,11 +48,12 @@ DEEPEST, WIDTH, POOL = 8, 8, 32
 TRYING = 0.01
 """Part of the time that tries may lose."""
 
-MEMORY_OF_NODES, MEMORY_OF_LEVELS = 0.99, 0.95
-"""What an observation still counts when the next one comes."""
+MEMORY, MEMORY_SURPRISED, SURPRISE = 0.98, 0.6, 0.01
+"""What an observation still counts when the next one comes; the second where a run of like outcomes, hits or misses,
+was less probable than the third."""
 
-PRIOR_WEIGHT = 4.0
-"""Observations that what is believed beforehand counts for."""
+PRIOR_WEIGHT, LASTING_WEIGHT = 4.0, 0.25
+"""Observations that what is believed beforehand counts for at the start, and for ever."""
 
 LEVEL_PRIOR, NODES_PRIOR = 0.6, 2.0
 """Chance that the next level is right, and nodes of it that are kept, before anything is known."""
@@ -98,38 +99,46 @@ class FixedPlanner:
         pass
 
 
-@dataclass
-class Mean:
-    """An exponentially forgetting mean that starts from a prior."""
+class Share:
+    """How often something happens, of the times that it is expected: forgotten slowly, and quickly after a surprise.
 
-    memory: float
-    hits: float = 0.0
-    weight: float = 0.0
+    Args:
+        prior: the chance at the start.
+        expected: the chance that each of the first observations was expected to have.
+    """
 
-    def observe(self, value: float, weight: float = 1.0) -> None:
-        self.fade()
-        self.hits += value
-        self.weight += weight
+    def __init__(self, prior: float, expected: float = 1.0) -> None:
+        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT * expected
+        self._last, self._run = False, 1.0
 
-    def fade(self) -> None:
-        self.hits *= self.memory
-        self.weight *= self.memory
+    def observe(self, hit: bool, chance: float, expected: float = 1.0) -> None:
+        """Count an outcome whose chance was put at `chance`, out of one that is `expected`."""
+        self._run = (self._run if hit == self._last else 1.0) * (chance if hit else 1 - chance)
+        self._last = hit
+        self.fade(MEMORY_SURPRISED if self._run < SURPRISE else MEMORY)
+        self.hits += hit
+        self.weight += expected
 
-    def value(self, prior: float, unit: float = 1.0) -> float:
-        """The mean; a prior counts for `PRIOR_WEIGHT` observations, each of a weight of `unit`."""
-        return (self.hits + PRIOR_WEIGHT * unit * prior) / (self.weight + PRIOR_WEIGHT * unit)
+    def fade(self, memory: float) -> None:
+        self.hits *= memory
+        self.weight *= memory
+
+    def value(self, prior: float, expected: float = 1.0) -> float:
+        """The share; where little is known, the prior."""
+        lasting = LASTING_WEIGHT * expected
+        return (self.hits + lasting * prior) / (self.weight + lasting)
 
 
-@dataclass
 class Level:
     """What is known of one level of the first drafter: is it right where the one before is, how many nodes are kept."""
 
-    right: Mean = field(default_factory=lambda: Mean(MEMORY_OF_LEVELS))
-    nodes: Mean = field(default_factory=lambda: Mean(MEMORY_OF_LEVELS))
+    def __init__(self) -> None:
+        self.right = Share(LEVEL_PRIOR)
+        self.nodes = NODES_PRIOR
 
 
 Cell = tuple[int, int, int]
-"""Who guessed a node (a bit for each drafter), its depth, the log-odds of q."""
+"""Who guessed a node (a bit for each drafter, the last one's the lowest), its depth, the log-odds of q."""
 
 
 @dataclass
@@ -167,6 +176,7 @@ class _Round:
     certainties: list[list[float]] = field(default_factory=list)
     undrafted_rate: float = 0.0
     stake: float = 0.0
+    first: int = 1
     rows: list[Row] | None = None
     kept: list[list[int]] = field(default_factory=list)
     size: int = 1
@@ -183,9 +193,9 @@ class CostPlanner:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.nodes: dict[Cell, Mean] = {}
+        self.nodes: dict[Cell, Share] = {}
         self.levels = [Level() for _ in range(DEEPEST + 1)]
-        self.added = [Mean(MEMORY_OF_LEVELS) for _ in range(OVERLAPS + 1)]
+        self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
         self._round = _Round(1)
 
@@ -203,6 +213,7 @@ class CostPlanner:
         if tree.belief is None:
             return tree
         now.rows = self.read(tree)
+        now.first = 1 << (tree.belief.shape[1] - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
         orders = [sorted(range(tree.size), key=lambda v: (v > 0, -row.chances[v], v)) for row in now.rows]
         now.kept = [sorted(order[: now.size]) for order in orders]
@@ -233,7 +244,7 @@ class CostPlanner:
             line = belief[guessing[0]] if guessing else []
             law = min(max(math.exp(min(0.0, line[v] - line[above])), 1e-9), 1 - 1e-9) if guessing else 0.0
             odds = min(max(round(math.log(law / (1 - law))), -6), 6) if guessing else 0
-            cell = (sum(1 << m for m in guessing), min(depth, DEEPEST), odds)
+            cell = (sum(1 << (len(belief) - 1 - m) for m in guessing), min(depth, DEEPEST), odds)
             row.depths.append(depth)
             row.cells.append(cell)
             row.laws.append(law)
@@ -265,7 +276,7 @@ class CostPlanner:
             right = self.levels[level].right.value(right)
             reach *= right
             tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
-            nodes += self.levels[level].nodes.value(NODES_PRIOR)
+            nodes += self.levels[level].nodes
             size = min(math.ceil(nodes), POOL)
             cost = self.costs.round(now.batch, size, level)
             if tokens / cost > best_rate:
@@ -289,8 +300,7 @@ class CostPlanner:
         """Of what a level gets right, the part that the other drafter has not got, given how sure that one is."""
         if certainty == 0:
             return 1.0
-        degree = _degree(certainty)
-        return self.added[degree].value(1 - (degree - 0.5) / OVERLAPS)
+        return self.added[_degree(certainty)].value(1 - certainty)
 
     def _learn(self, b: int, tokens: list[int]) -> None:
         """Follow the committed tokens down the tree of a sequence, and count who guessed them."""
@@ -305,34 +315,40 @@ class CostPlanner:
         for v in range(1, len(row.tokens)):
             if row.cells[v][0]:
                 children.setdefault(row.parents[v], []).append(v)
-                if v in kept and row.cells[v][0] & 1 and row.depths[v] <= DEEPEST:
+                if v in kept and row.cells[v][0] & now.first and row.depths[v] <= DEEPEST:
                     sizes[row.depths[v]] += 1
-        node, first, alive = 0, True, 0
+        node, by_first, alive = 0, True, 0
         for depth, token in enumerate(tokens, start=1):
             following = None
             for v in children.get(node, []):
                 hit = row.tokens[v] == token
-                self.nodes.setdefault(row.cells[v], Mean(MEMORY_OF_NODES)).observe(hit, row.laws[v])
+                self._count(row.cells[v], row.laws[v], hit)
                 following = v if hit else following
             if following is None:
                 break
             node, who = following, row.cells[following][0]
-            first = first and bool(who & 1) and node in kept
-            if first and depth <= DEEPEST:
+            by_first = by_first and bool(who & now.first) and node in kept
+            if by_first and depth <= DEEPEST:
                 alive = depth
-                if now.certainties[b][depth]:
-                    self.added[_degree(now.certainties[b][depth])].observe(who == 1)
+                certainty = now.certainties[b][depth]
+                if certainty:
+                    self.added[_degree(certainty)].observe(who == now.first, self._added(certainty))
         self._learn_levels(alive, sizes)
+
+    def _count(self, cell: Cell, law: float, hit: bool) -> None:
+        known = self.nodes.setdefault(cell, Share(law, law))
+        known.observe(hit, self.chance(cell, law), law)
 
     def _learn_levels(self, alive: int, sizes: Sequence[int]) -> None:
         """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
         levels = self._round.levels
         for level in range(1, levels + 1):
-            self.levels[level].nodes.observe(sizes[level])
+            known = self.levels[level]
+            known.nodes += (1 - MEMORY) * (sizes[level] - known.nodes)
             if alive >= level - 1:
-                self.levels[level].right.observe(alive >= level)
+                known.right.observe(alive >= level, known.right.value(LEVEL_PRIOR))
         if 0 < levels < DEEPEST and alive >= levels:
-            self.levels[levels + 1].right.fade()
+            self.levels[levels + 1].right.fade(MEMORY_SURPRISED)
 
     def _settle(self, tokens: int) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""

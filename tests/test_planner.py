@@ -1,0 +1,423 @@
+"""The planner: its optimum is brute force's, it stops where drafting does not pay and returns, and changes no token."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import PROMPTS, SETTINGS, Prophet, s4c_drafter
+from typer.testing import CliRunner
+
+from s4c import LLM, SamplingParams
+from s4c.cli.main import app
+from s4c.drafters.combined import CombinedDrafter
+from s4c.drafters.ngram import NgramDrafter
+from s4c.engine import costs as costs_module
+from s4c.engine.costs import Costs, known_costs, measured_costs
+from s4c.engine.planner import DEEPEST, CostPlanner, plans_by_levels
+from s4c.types import Verdict
+from s4c.verify.tree import from_paths, merge
+
+FLAT = {1: 0.016, 8: 0.019, 16: 0.023, 32: 0.045}
+"""Seconds of passes that cost little more for more tokens."""
+
+LEVELS = {level: 0.0002 + 0.0006 * level for level in range(DEEPEST + 1)}
+
+
+def seconds_of(costs: Costs, tokens: int, levels: int) -> dict[str, float]:
+    """The steps of a round that takes exactly what the tables say."""
+    passed = Costs(costs.passes, {}).round(1, tokens, 0)
+    return {"draft": costs.drafts[levels], "verify": passed, "judge": 0.0, "commit": 0.0, "schedule": 0.0}
+
+
+# What a round costs
+
+
+def test_costs_lie_on_straight_lines_that_never_fall() -> None:
+    costs = Costs({1: 2.0, 2: 4.0, 4: 3.0, 8: 8.0}, {0: 0.0, 3: 1.0})
+    assert [costs.round(1, n, 0) for n in range(1, 9)] == [2, 4, 4, 4, 5, 6, 7, 8]
+    assert costs.round(1, 12, 0) == 12
+    assert costs.round(2, 4, 3) == 9
+    assert costs.round(2, 4, 3) == costs.round(4, 2, 3)
+
+
+def test_costs_follow_the_rounds_but_not_a_slow_one() -> None:
+    costs = Costs({1: 1.0, 32: 2.0}, {0: 0.0, 2: 0.5})
+    slow = {"draft": 1.0, "verify": 1.5, "judge": 0.5, "commit": 0.25, "schedule": 0.25}
+    before = costs.round(1, 1, 2)
+    costs.observe(1, 1, 2, {step: 100 * value for step, value in slow.items()})
+    costs.observe(1, 1, 2, seconds_of(costs, 1, 2))
+    costs.observe(1, 1, 2, seconds_of(costs, 1, 2))
+    assert costs.round(1, 1, 2) == pytest.approx(before)
+    for _ in range(costs_module.RECENT):
+        costs.observe(1, 1, 2, slow)
+    assert costs.round(1, 1, 2) == pytest.approx(3.5)
+    assert costs.round(1, 32, 0) == pytest.approx(2 * 2 + 0.5), "all passes take twice as long"
+    assert costs.round(4, 1, 2) > costs.round(1, 1, 2) - 1, "a batch that has not been seen goes by the table"
+
+
+# The size of a tree
+
+
+@st.composite
+def drafted(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[list[float]]]:
+    paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=3)
+    rows = draw(st.lists(paths, min_size=1, max_size=2))
+    return rows, [[draw(st.floats(0.05, 0.95)) for _ in row] for row in rows]
+
+
+def subtrees(parents: list[int], size: int) -> Iterator[tuple[int, ...]]:
+    for nodes in combinations(range(1, len(parents)), size - 1):
+        if all(parents[v] == 0 or parents[v] in nodes for v in nodes):
+            yield nodes
+
+
+@given(drafted(), st.lists(st.floats(0.01, 1.0), min_size=9, max_size=9), st.floats(0.0, 2.0))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_the_tree_is_the_best_of_all_subtrees(
+    rows: tuple[list[list[list[int]]], list[list[float]]], steps: list[float], draft: float
+) -> None:
+    tree = from_paths(torch.arange(len(rows[0])), rows[0], 10, rows[1])
+    passes = {n: 1.0 + sum(steps[: n - 1]) for n in range(1, 10)}
+    planner = CostPlanner(Costs(passes, dict.fromkeys(LEVELS, draft)))
+    planner.plan(len(rows[0]))
+    chances = [row.chances for row in planner.read(tree)]
+    best = 0.0
+    for size in range(1, tree.size + 1):
+        choices = [
+            max((sum(chances[b][v] for v in nodes) for nodes in subtrees(tree.parents[b].tolist(), size)), default=0.0)
+            for b in range(len(rows[0]))
+        ]
+        best = max(best, (len(choices) + sum(choices)) / planner.costs.round(len(choices), size, 1))
+    kept = planner.prune(tree)
+    expected = sum(sum(row.chances) for row in planner.read(kept))
+    assert expected / planner.costs.round(len(rows[0]), kept.size, 1) == pytest.approx(best)
+
+
+def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
+    tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.5, 0.25, 0.12, 0.06]])
+    for step, size in ((0.0, 5), (0.05, 4), (0.1, 3), (0.2, 2), (0.6, 1)):
+        planner = CostPlanner(Costs({n: 1 + step * (n - 1) for n in range(1, 9)}, dict.fromkeys(LEVELS, 0.0)))
+        planner.plan(1)
+        assert planner.prune(tree).size == size
+
+
+def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
+    tree = from_paths(torch.tensor([7]), [[[1, 2]]], 9)
+    tree.belief = None
+    planner = CostPlanner(Costs({1: 1.0, 32: 100.0}, LEVELS))
+    planner.plan(1)
+    assert planner.prune(tree) is tree
+    planner.record(verdict_of([1, 2], [1, 5]), seconds_of(planner.costs, 3, 0))
+
+
+# The number of levels
+
+
+@given(
+    st.lists(st.floats(0.02, 0.98), min_size=DEEPEST, max_size=DEEPEST),
+    st.floats(0.0, 0.4),
+    st.floats(0.0, 0.3),
+    st.floats(0.0, 0.3),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_depth_is_the_best_of_all_depths(right: list[float], first: float, level: float, node: float) -> None:
+    drafts = {n: first * (n > 0) + level * n for n in range(DEEPEST + 1)}
+    planner = CostPlanner(Costs({1: 1.0, 32: 1 + 31 * node}, drafts))
+    for known, chance in zip(planner.levels[1:], right, strict=True):
+        known.right.hits, known.right.weight = 1e6 * chance, 1e6
+        known.nodes = 1.0
+    planner._credit = 0.0
+    rates = []
+    for depth in range(DEEPEST + 1):
+        tokens = 1.0
+        for n in range(depth):
+            tokens += torch.tensor(right[: n + 1], dtype=torch.float64).prod().item()
+        # A thousandth of rounding: means of a million ones lie a hair above one.
+        rates.append(tokens / (1 + node * depth + drafts[depth]))
+    plan = planner.plan(1)
+    asked = plan.depth if plan.nodes > 1 else 0
+    assert rates[asked] >= max(rates) * 0.999
+
+
+def verdict_of(tokens: list[int], committed: list[int]) -> Verdict:
+    """The verdict of a round that committed these tokens."""
+    count = len(committed) - 1
+    path = torch.arange(count + 1)[None]
+    return Verdict(path, torch.tensor([count]), torch.tensor([committed[-1]]), torch.tensor([committed]))
+
+
+class Text:
+    """A text that a drafter guesses right, token by token, with a given chance, and a planner that drafts for it.
+
+    The drafter's first child is 1 and its second 2; the text goes on by as many ones as are right, then by a 9.
+    """
+
+    def __init__(self, planner: CostPlanner, seed: int = 0) -> None:
+        self.planner, self.random = planner, random.Random(seed)
+        self.levels: list[int] = []
+        self.seconds = self.tokens = 0.0
+
+    def run(self, rounds: int, right: float, beside: float | None = None) -> Text:
+        for _ in range(rounds):
+            self.round(right, beside)
+        return self
+
+    def round(self, right: float, beside: float | None) -> None:
+        planner, root = self.planner, torch.tensor([7])
+        plan = planner.plan(1)
+        found = None
+        if beside is not None:
+            found = from_paths(root, [[[1] * 8]], 9, [[0.8]])
+            plan = plan.beside(found)
+        levels = plan.depth if plan.nodes > 1 else 0
+        tree = from_paths(root, [[[1] * levels, [2]] if levels else []], plan.nodes, [[0.7, 0.2]])
+        tree = planner.prune(tree if found is None else merge(tree, found, plan.limit))
+        ahead = 0
+        while ahead < 9 and self.random.random() < (right if beside is None else beside):
+            ahead += 1
+        depth = tree.tokens[0].tolist().count(1)
+        accepted = min(ahead, depth)
+        committed = [1] * accepted + [1 if ahead > accepted else 9]
+        seconds = seconds_of(planner.costs, tree.size, levels)
+        planner.record(verdict_of([], committed), seconds)
+        self.levels.append(levels)
+        self.seconds += sum(seconds.values())
+        self.tokens += len(committed)
+
+    @property
+    def regret(self) -> float:
+        """Seconds more than plain decoding takes for these tokens, as a share of that."""
+        return self.seconds / (self.tokens * (FLAT[1] + LEVELS[0])) - 1
+
+
+@pytest.mark.parametrize("draft", [0.3, 1.0, 3.0, 30.0])
+def test_where_drafting_never_pays_it_stops_and_loses_less_than_two_percent(draft: float) -> None:
+    drafts = {n: LEVELS[0] + draft * (LEVELS[n] - LEVELS[0]) for n in LEVELS}
+    text = Text(CostPlanner(Costs(FLAT, drafts))).run(600, 0.0)
+    tries = text.levels[30:]
+    assert sum(map(bool, tries)) * (LEVELS[1] * draft) < 0.02 * len(tries) * FLAT[1], "it has stopped"
+    assert any(tries), "and tries again"
+    assert text.regret < 0.02
+
+
+def test_hardly_ever_right_is_not_worth_it_either() -> None:
+    text = Text(CostPlanner(Costs(FLAT, LEVELS))).run(300, 0.9)
+    assert text.regret < -0.5
+    late = Text(text.planner, seed=1).run(1000, 0.05)
+    assert sum(map(bool, late.levels[100:])) < 0.3 * 900
+    assert late.regret < 0.02
+
+
+def test_it_adapts_when_the_text_changes() -> None:
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    Text(planner).run(400, 0.0)
+    good = Text(planner, seed=1).run(400, 0.85)
+    assert all(level >= 3 for level in good.levels[150:])
+    assert good.regret < -0.4
+    bad = Text(planner, seed=2).run(40, 0.0)
+    assert not any(bad.levels[30:])
+    assert Text(planner, seed=3).run(400, 0.0).regret < 0.02
+
+
+def test_depth_comes_back_when_the_text_becomes_easy() -> None:
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    shallow = Text(planner).run(400, 0.45)
+    deep = Text(planner, seed=1).run(400, 0.95)
+    assert max(shallow.levels[-50:]) < 4
+    assert min(deep.levels[-50:]) >= 6
+
+
+def test_each_drafter_is_planned_by_what_it_adds() -> None:
+    """The same lookup, always right: a cheap pass needs no levels beside it, and the formula finds that out."""
+    drafts = {n: 0.0002 + 0.004 * n for n in LEVELS}
+    text = Text(CostPlanner(Costs({1: 0.005, 32: 0.007}, drafts))).run(400, 0.0, beside=0.9)
+    assert sum(text.levels[20:]) < 20
+    assert text.tokens > 4 * 400
+    unsure = Text(CostPlanner(Costs({1: 0.005, 32: 0.007}, dict.fromkeys(LEVELS, 0.0002)))).run(200, 0.8)
+    assert all(unsure.levels)
+
+
+def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:
+    planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, dict.fromkeys(LEVELS, 0.0)))
+    Text(planner).run(1500, 0.35)
+    tree = from_paths(torch.tensor([7]), [[[1, 1], [2]]], 9, [[0.7, 0.2]])
+    chances = planner.read(tree)[0].chances
+    assert chances[1] == pytest.approx(0.35, abs=0.08)
+    assert chances[2] == pytest.approx(0.35**2, abs=0.06)
+    assert chances[3] < 0.02
+
+
+def test_what_two_drafters_guess_alike_is_counted_apart() -> None:
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    roots = torch.tensor([7])
+    both = merge(from_paths(roots, [[[1], [2]]], 9), from_paths(roots, [[[1], [3]]], 9), 9)
+    assert [cell[0] for cell in planner.read(both)[0].cells[1:]] == [3, 2, 1]
+    found = from_paths(roots, [[[1]]], 9)
+    assert planner.read(found)[0].cells[1] == planner.read(merge(from_paths(roots, [[]], 9), found, 9))[0].cells[1]
+
+
+# Nothing changes
+
+
+class WildCosts(Costs):
+    """Rounds cost what chance says: the planner decides anything."""
+
+    def __init__(self) -> None:
+        super().__init__({1: 1.0, 32: 2.0}, {0: 0.0})
+        self.random = random.Random(0)
+
+    def round(self, batch: int, nodes: int, levels: int) -> float:
+        return self.random.uniform(0.1, 1.0)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    directory = tiny_models.save(tmp_path_factory.mktemp("model"), "llama", seed=3)
+    return LLM(str(directory), "none", max_batch=4)
+
+
+def wildly(llm: LLM, drafter: Any, rule: str = "coupled") -> CostPlanner:
+    llm.rule = rule
+    planner = llm._planners[drafter] = CostPlanner(WildCosts())
+    llm.use(drafter, "plan")
+    return planner
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_planned_is_plain(llm: LLM, setting: str) -> None:
+    params = SETTINGS[setting]
+    llm.rule = "coupled"
+    llm.use("none")
+    plain = [g.token_ids for g in llm.generate(PROMPTS, params)]
+    prophet = Prophet([prompt + text for prompt, text in zip(PROMPTS, plain, strict=True)])
+    for drafter in (s4c_drafter(llm), CombinedDrafter(s4c_drafter(llm), NgramDrafter()), NgramDrafter(), prophet):
+        wildly(llm, drafter)
+        generations = llm.generate(PROMPTS, params)
+        assert [g.token_ids for g in generations] == plain
+        sizes = [g.stats.tree_sizes for g in generations]
+        assert len({size for histogram in sizes for size in histogram}) > 1
+        assert all(sum(h.values()) == g.stats.rounds for h, g in zip(sizes, generations, strict=True))
+
+
+def test_planned_rejection_samples_the_same_law(llm: LLM) -> None:
+    """As `test_rejection_samples_the_same_law`, with trees of all sizes: a chance of 1 in 10,000 to fail."""
+    from scipy.stats import chi2_contingency
+
+    params = [SamplingParams(max_new_tokens=3, temperature=0.7, top_k=3, seed=seed) for seed in range(1200)]
+    counts = []
+    for drafter, rule in ((None, "coupled"), (s4c_drafter(llm), "rejection")):
+        llm.rule, llm.max_batch = rule, 64
+        llm.use("none") if drafter is None else wildly(llm, drafter, rule)
+        counts.append([tuple(g.token_ids) for g in llm.generate([PROMPTS[0]] * len(params), params)])
+    llm.max_batch = 4
+    triples = sorted(set(counts[0]) | set(counts[1]))
+    table = [[drawn.count(triple) for triple in triples] for drawn in counts]
+    frequent = [i for i in range(len(triples)) if table[0][i] + table[1][i] >= 10]
+    assert len(frequent) >= 6
+    assert chi2_contingency([[row[i] for i in frequent] for row in table]).pvalue > 1e-4
+
+
+# What is measured, and kept
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """A cache folder of its own, and a clock that goes on by `clock[1]` at each look; `clock[2]` counts them."""
+    monkeypatch.setenv("S4C_HOME", str(tmp_path / "home"))
+    state = [0.0, 1.0, 0]
+
+    def now(target: Any) -> float:
+        state[0] += state[1]
+        state[2] += 1
+        return state[0]
+
+    monkeypatch.setattr(costs_module, "now", now)
+    return state
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "home" / "costs").iterdir())
+
+
+def test_costs_are_measured_once_and_kept(llm: LLM, clock: list[float], tmp_path: Path) -> None:
+    drafter, plans = s4c_drafter(llm), plans_by_levels()
+    assert known_costs(llm.target, drafter, 2) is None
+    costs = measured_costs(llm.target, drafter, plans, 2)
+    assert set(costs.passes.values()) == set(costs.drafts.values()) == {1.0}
+    assert set(costs.drafts) == set(range(DEEPEST + 1))
+    looks, clock[2] = clock[2], 0
+    again = measured_costs(llm.target, drafter, plans, 2)
+    assert (again.passes, again.drafts) == (costs.passes, costs.drafts)
+    assert clock[2] < looks / 3, "only a few passes, to see that nothing has changed"
+    assert len(files(tmp_path)) == 1
+    measured_costs(llm.target, drafter, plans, 1)
+    measured_costs(llm.target, NgramDrafter(), plans, 2)
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_machine_that_has_changed_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
+    drafter, plans = NgramDrafter(), plans_by_levels()
+    measured_costs(llm.target, drafter, plans, 2)
+    clock[1] = 1.2
+    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0
+    clock[1] = 2.0
+    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == pytest.approx(2.0)
+    known = known_costs(llm.target, drafter, 2)
+    assert known is not None
+    assert known.passes[1] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "null", '{"passes": {}, "drafts": {"0": 1}}', '{"passes": {"1": -1, "2": 1}, "drafts": {}}'],
+)
+def test_a_damaged_file_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path, damage: str) -> None:
+    drafter = NgramDrafter()
+    costs = measured_costs(llm.target, drafter, plans_by_levels(), 2)
+    (file,) = files(tmp_path)
+    file.write_text(damage)
+    assert known_costs(llm.target, drafter, 2) is None
+    assert measured_costs(llm.target, drafter, plans_by_levels(), 2).passes == costs.passes
+    assert json.loads(file.read_text())["passes"]["1"] == 1.0
+    assert files(tmp_path) == [file]
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    llm: LLM, clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("S4C_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="S4C_HOME"):
+        measured_costs(llm.target, NgramDrafter(), plans_by_levels(), 2)
+
+
+def test_a_plan_is_asked_for_by_name(llm: LLM, clock: list[float]) -> None:
+    llm.rule = "coupled"
+    llm.use("none")
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    plain = llm.generate(PROMPTS[3], params).token_ids
+    drafter = CombinedDrafter(s4c_drafter(llm), NgramDrafter())
+    llm.use(drafter, "plan")
+    assert llm.generate(PROMPTS[3], params).token_ids == plain
+    planner = llm._planners[drafter]
+    llm.use("none")
+    llm.use(drafter, "plan")
+    assert llm._engine.planner is planner, "what it has learnt is kept"
+
+
+def test_the_command_line_plans(clock: list[float], tmp_path: Path) -> None:
+    directory = tiny_models.save(tmp_path / "model", "llama", tokenizer=True)
+    command = ["generate", "abcabcabc", "--raw", "--target", str(directory), "--max-new-tokens", "12", "--json"]
+    answers = [json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--tree", "plan"])]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert answers[1]["stats"]["tree_sizes"]
