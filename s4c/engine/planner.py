@@ -35,25 +35,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
 from s4c.engine.costs import Costs
 from s4c.types import DraftTree, Verdict
-from s4c.verify.tree import TreePlan, lines, pruned
+from s4c.verify.tree import TreePlan, pruned
 
 NAME = "plan"
 """What users write in place of a tree."""
 
-DEEPEST, WIDTH, POOL = 8, 8, 32
-"""Most levels, children of a node, and nodes to choose from."""
+WIDTH, POOL = 8, 32
+"""Most children of a node, and nodes to choose from."""
 
 TRYING = 0.01
 """Part of the time that tries may lose."""
 
-MEMORY, MEMORY_SURPRISED, SURPRISE = 0.98, 0.6, 0.01
-"""What an observation still counts when the next one comes; the second where a run of like outcomes, hits or misses,
-was less probable than the third."""
-
-PRIOR_WEIGHT, LASTING_WEIGHT = 4.0, 0.25
-"""Observations that what is believed beforehand counts for at the start, and for ever."""
+FADING = 0.5
+"""What is left of an estimate of a level each time that there is a reason to doubt it, but nothing to observe."""
 
 LEVEL_PRIOR, NODES_PRIOR = 0.6, 2.0
 """Chance that the next level is right, and nodes of it that are kept, before anything is known."""
@@ -99,72 +96,12 @@ class FixedPlanner:
         pass
 
 
-class Share:
-    """How often something happens, of the times that it is expected: forgotten slowly, and quickly after a surprise.
-
-    Args:
-        prior: the chance at the start.
-        expected: the chance that each of the first observations was expected to have.
-    """
-
-    def __init__(self, prior: float, expected: float = 1.0) -> None:
-        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT * expected
-        self._last, self._run = False, 1.0
-
-    def observe(self, hit: bool, chance: float, expected: float = 1.0) -> None:
-        """Count an outcome whose chance was put at `chance`, out of one that is `expected`."""
-        self._run = (self._run if hit == self._last else 1.0) * (chance if hit else 1 - chance)
-        self._last = hit
-        self.fade(MEMORY_SURPRISED if self._run < SURPRISE else MEMORY)
-        self.hits += hit
-        self.weight += expected
-
-    def fade(self, memory: float) -> None:
-        self.hits *= memory
-        self.weight *= memory
-
-    def value(self, prior: float, expected: float = 1.0) -> float:
-        """The share; where little is known, the prior."""
-        lasting = LASTING_WEIGHT * expected
-        return (self.hits + lasting * prior) / (self.weight + lasting)
-
-
 class Level:
     """What is known of one level of the first drafter: is it right where the one before is, how many nodes are kept."""
 
     def __init__(self) -> None:
         self.right = Share(LEVEL_PRIOR)
         self.nodes = NODES_PRIOR
-
-
-Cell = tuple[int, int, int]
-"""Who guessed a node (a bit for each drafter, the last one's the lowest), its depth, the log-odds of q."""
-
-
-@dataclass
-class Row:
-    """The nodes of one sequence's tree, by column.
-
-    Attributes:
-        tokens, parents, depths: of the nodes.
-        cells, laws: where a node is counted, and q: its drafter's probability of it, given its parent.
-        chances: a(v); 0 for what is no candidate.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    depths: list[int]
-    cells: list[Cell]
-    laws: list[float]
-    chances: list[float]
-
-    def certainty(self) -> list[float]:
-        """For each depth the chance that one of its nodes is accepted."""
-        sums = [0.0] * (DEEPEST + 1)
-        for depth, chance in zip(self.depths[1:], self.chances[1:], strict=True):
-            if depth <= DEEPEST:
-                sums[depth] += chance
-        return sums
 
 
 @dataclass
@@ -193,7 +130,7 @@ class CostPlanner:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.nodes: dict[Cell, Share] = {}
+        self.acceptance = Acceptance()
         self.levels = [Level() for _ in range(DEEPEST + 1)]
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
@@ -205,14 +142,14 @@ class CostPlanner:
 
     def beside(self, other: DraftTree) -> TreePlan:
         """The plan for a drafter whose tree that one is to be merged into."""
-        return self._decide([] if other.belief is None else self.read(other))
+        return self._decide([] if other.belief is None else self.acceptance.read(other))
 
     def prune(self, tree: DraftTree) -> DraftTree:
         now = self._round
         now.size = tree.size
         if tree.belief is None:
             return tree
-        now.rows = self.read(tree)
+        now.rows = self.acceptance.read(tree)
         now.first = 1 << (tree.belief.shape[1] - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
         orders = [sorted(range(tree.size), key=lambda v: (v > 0, -row.chances[v], v)) for row in now.rows]
@@ -226,30 +163,6 @@ class CostPlanner:
         for b, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
             self._learn(b, tokens[: count + 1])
         self._settle(now.batch + sum(accepted))
-
-    def read(self, tree: DraftTree) -> list[Row]:
-        """The nodes of a tree whose beliefs are known, with their calibrated chances."""
-        return [self._row(*line) for line in lines(tree)]
-
-    def chance(self, cell: Cell, law: float) -> float:
-        """The calibrated chance of a node whose parent is accepted."""
-        return min(1.0, law * self.nodes[cell].value(1.0, law)) if cell in self.nodes else law
-
-    def _row(self, tokens: list[int], parents: list[int], candidate: list[bool], belief: list[list[float]]) -> Row:
-        row = Row(tokens, parents, [0], [(0, 0, 0)], [1.0], [1.0])
-        for v in range(1, len(tokens)):
-            above = parents[v]
-            depth = row.depths[above] + 1
-            guessing = [m for m, line in enumerate(belief) if candidate[v] and not math.isnan(line[v])]
-            line = belief[guessing[0]] if guessing else []
-            law = min(max(math.exp(min(0.0, line[v] - line[above])), 1e-9), 1 - 1e-9) if guessing else 0.0
-            odds = min(max(round(math.log(law / (1 - law))), -6), 6) if guessing else 0
-            cell = (sum(1 << (len(belief) - 1 - m) for m in guessing), min(depth, DEEPEST), odds)
-            row.depths.append(depth)
-            row.cells.append(cell)
-            row.laws.append(law)
-            row.chances.append(row.chances[above] * self.chance(cell, law) if guessing else 0.0)
-        return row
 
     def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
@@ -300,55 +213,40 @@ class CostPlanner:
         """Of what a level gets right, the part that the other drafter has not got, given how sure that one is."""
         if certainty == 0:
             return 1.0
-        return self.added[_degree(certainty)].value(1 - certainty)
+        return self.added[_degree(certainty)].value(max(0.0, 1 - certainty))
 
     def _learn(self, b: int, tokens: list[int]) -> None:
-        """Follow the committed tokens down the tree of a sequence, and count who guessed them."""
+        """Follow what a round committed down the tree of a sequence, and count who guessed it."""
         now = self._round
         if now.rows is None:
-            alive = len(tokens) - 1
-            self._learn_levels(alive, [0] * (DEEPEST + 1))
+            self._learn_levels(len(tokens) - 1, [0] * (DEEPEST + 1))
             return
-        row, kept = now.rows[b], set(now.kept[b])
-        children: dict[int, list[int]] = {}
+        row, kept = now.rows[b], now.kept[b]
         sizes = [0] * (DEEPEST + 1)
-        for v in range(1, len(row.tokens)):
-            if row.cells[v][0]:
-                children.setdefault(row.parents[v], []).append(v)
-                if v in kept and row.cells[v][0] & now.first and row.depths[v] <= DEEPEST:
-                    sizes[row.depths[v]] += 1
-        node, by_first, alive = 0, True, 0
-        for depth, token in enumerate(tokens, start=1):
-            following = None
-            for v in children.get(node, []):
-                hit = row.tokens[v] == token
-                self._count(row.cells[v], row.laws[v], hit)
-                following = v if hit else following
-            if following is None:
+        for v in kept:
+            if row.cells[v][0] & now.first:
+                sizes[min(row.depths[v], DEEPEST)] += 1
+        right = 0
+        for depth, v in enumerate(self.acceptance.follow(row, tokens)[:DEEPEST], start=1):
+            if v not in kept or not row.cells[v][0] & now.first:
                 break
-            node, who = following, row.cells[following][0]
-            by_first = by_first and bool(who & now.first) and node in kept
-            if by_first and depth <= DEEPEST:
-                alive = depth
-                certainty = now.certainties[b][depth]
-                if certainty:
-                    self.added[_degree(certainty)].observe(who == now.first, self._added(certainty))
-        self._learn_levels(alive, sizes)
+            right = depth
+            certainty = now.certainties[b][depth]
+            if certainty:
+                self.added[_degree(certainty)].observe(row.cells[v][0] == now.first, self._added(certainty))
+        self._learn_levels(right, sizes)
 
-    def _count(self, cell: Cell, law: float, hit: bool) -> None:
-        known = self.nodes.setdefault(cell, Share(law, law))
-        known.observe(hit, self.chance(cell, law), law)
-
-    def _learn_levels(self, alive: int, sizes: Sequence[int]) -> None:
+    def _learn_levels(self, right: int, sizes: Sequence[int]) -> None:
         """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
         levels = self._round.levels
         for level in range(1, levels + 1):
             known = self.levels[level]
             known.nodes += (1 - MEMORY) * (sizes[level] - known.nodes)
-            if alive >= level - 1:
-                known.right.observe(alive >= level, known.right.value(LEVEL_PRIOR))
-        if 0 < levels < DEEPEST and alive >= levels:
-            self.levels[levels + 1].right.fade(MEMORY_SURPRISED)
+            if right >= level - 1 and known.right.observe(right >= level, known.right.value(LEVEL_PRIOR)):
+                for deeper in self.levels[level + 1 :]:
+                    deeper.right.fade(FADING)
+        if 0 < levels < DEEPEST and right >= levels:
+            self.levels[levels + 1].right.fade(FADING)
 
     def _settle(self, tokens: int) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""

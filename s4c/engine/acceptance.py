@@ -1,0 +1,147 @@
+"""How likely a drafted node is to be accepted: the drafter's probability, held against what became of others like it.
+
+A drafter's law says how probable it is that a token follows its parent. The target may think otherwise, and under the
+coupled rule the children are drawn with noise. So nodes are counted by who guessed them, by depth and by the log-odds
+of that law, and the chance of the next one like them is
+
+    law  *  how many of them the target wrote  /  sum of their laws
+
+where the latest count most. All children of an accepted node are counted, those as well that were not checked: the
+round tells which token came after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from s4c.types import DraftTree
+from s4c.verify.tree import lines
+
+DEEPEST = 8
+"""Most levels that are planned; nodes of greater depth are counted with those of this one."""
+
+MEMORY, SURPRISE = 0.98, 0.01
+"""What an observation still counts when the next one comes; how improbable a run of hits or misses shows that the text
+has changed."""
+
+PRIOR_WEIGHT, LASTING_WEIGHT = 4.0, 0.25
+"""Observations that what is believed beforehand counts for at the start and after a surprise, and for ever."""
+
+
+class Share:
+    """How often something happens, of the times that it is expected: forgotten slowly, but at once after a surprise.
+
+    Args:
+        prior: the chance at the start.
+        expected: the chance that each of the first observations was expected to have.
+    """
+
+    def __init__(self, prior: float, expected: float = 1.0) -> None:
+        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT * expected
+        self._last, self._run = False, 1.0
+
+    def observe(self, hit: bool, chance: float, expected: float = 1.0) -> bool:
+        """Count an outcome whose chance was put at `chance`, out of one that is `expected`; True at a surprise."""
+        self._run = (self._run if hit == self._last else 1.0) * (chance if hit else 1 - chance)
+        self._last = hit
+        surprised = self._run < SURPRISE
+        self.fade(min(MEMORY, PRIOR_WEIGHT * expected / max(self.weight, expected)) if surprised else MEMORY)
+        self._run = 1.0 if surprised else self._run
+        self.hits += hit
+        self.weight += expected
+        return surprised
+
+    def fade(self, memory: float) -> None:
+        """Let what was counted count less."""
+        self.hits *= memory
+        self.weight *= memory
+
+    def value(self, prior: float, expected: float = 1.0) -> float:
+        """The share; where little is known, the prior."""
+        lasting = LASTING_WEIGHT * expected
+        return (self.hits + lasting * prior) / (self.weight + lasting)
+
+
+Cell = tuple[int, int, int]
+"""Who guessed a node (a bit for each drafter, the last one's the lowest), its depth, the log-odds of q."""
+
+
+@dataclass
+class Row:
+    """The nodes of one sequence's tree, by column.
+
+    Attributes:
+        tokens, parents, depths: of the nodes.
+        cells, laws: where a node is counted, and q: its drafter's probability of it, given its parent.
+        chances: a(v); 0 for what is no candidate.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    cells: list[Cell]
+    laws: list[float]
+    chances: list[float]
+
+    def certainty(self) -> list[float]:
+        """For each depth the chance that one of its nodes is accepted."""
+        sums = [0.0] * (DEEPEST + 1)
+        for depth, chance in zip(self.depths[1:], self.chances[1:], strict=True):
+            if depth <= DEEPEST:
+                sums[depth] += chance
+        return sums
+
+
+class Acceptance:
+    """The counts, and the chances that follow from them."""
+
+    def __init__(self) -> None:
+        self._shares: dict[Cell, Share] = {}
+
+    def read(self, tree: DraftTree) -> list[Row]:
+        """The nodes of a tree whose beliefs are known, with their calibrated chances."""
+        return [self._row(*line) for line in lines(tree)]
+
+    def chance(self, cell: Cell, law: float) -> float:
+        """The calibrated chance of a node whose parent is accepted."""
+        return min(1.0, law * self._shares[cell].value(1.0, law)) if cell in self._shares else law
+
+    def follow(self, row: Row, tokens: Sequence[int]) -> list[int]:
+        """Count the nodes that were to be right, and return the columns of those that were.
+
+        Args:
+            row: the tree of a sequence.
+            tokens: what the round committed.
+        """
+        children: dict[int, list[int]] = {}
+        for v in range(1, len(row.tokens)):
+            if row.cells[v][0]:
+                children.setdefault(row.parents[v], []).append(v)
+        path = [0]
+        for token in tokens:
+            written = [v for v in children.get(path[-1], []) if row.tokens[v] == token]
+            for v in children.get(path[-1], []):
+                share = self._shares.setdefault(row.cells[v], Share(row.laws[v], row.laws[v]))
+                share.observe(v in written, self.chance(row.cells[v], row.laws[v]), row.laws[v])
+            if not written:
+                break
+            path += written
+        return path[1:]
+
+    def _row(self, tokens: list[int], parents: list[int], candidate: list[bool], belief: list[list[float]]) -> Row:
+        row = Row(tokens, parents, [0], [(0, 0, 0)], [1.0], [1.0])
+        for v in range(1, len(tokens)):
+            above = parents[v]
+            depth = row.depths[above] + 1
+            guessing = [m for m, line in enumerate(belief) if candidate[v] and not math.isnan(line[v])]
+            line = belief[guessing[0]] if guessing else []
+            law = min(max(math.exp(min(0.0, line[v] - line[above])), 1e-9), 1 - 1e-9) if guessing else 0.0
+            odds = min(max(round(math.log(law / (1 - law))), -6), 6) if guessing else 0
+            cell = (sum(1 << (len(belief) - 1 - m) for m in guessing), min(depth, DEEPEST), odds)
+            row.depths.append(depth)
+            row.cells.append(cell)
+            row.laws.append(law)
+            row.chances.append(row.chances[above] * self.chance(cell, law) if guessing else 0.0)
+        return row
