@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_drafting_is_the_unrolled_training_pass(target: Any, config: dict[str, A
             drafted = tree.tokens[slot, 1:].tolist()
             expected = predicted(model, line, run.features[slot], drafted)
             assert drafted[: len(expected)] == expected
+        run.finish(scores, tree)
+
+
+def test_what_was_committed_while_nothing_was_drafted_is_taken_in(target: Any) -> None:
+    model, drafter = drafter_of(target)
+    run = Run(target, drafter, PROMPTS, "chain:3")
+    for rounds in (0, 1, 3):
+        run.plan = replace(run.plan, nodes=1)
+        for _ in range(rounds):
+            scores, tree = run.propose()
+            assert tree.size == 1
+            run.finish(scores, tree)
+        run.plan = replace(run.plan, nodes=4)
+        scores, tree = run.propose()
+        for slot, line in enumerate(run.tokens):
+            drafted = tree.tokens[slot, 1:].tolist()
+            assert drafted == predicted(model, line, run.features[slot], drafted)
         run.finish(scores, tree)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from verify_oracles import Text, deterministic_tree, path_to, tiny_model
 
 from s4c.types import DraftTree
-from s4c.verify.tree import TreePlan, ancestors, depths, from_paths, root_only
+from s4c.verify.tree import TreePlan, ancestors, depths, from_paths, merge, pruned, root_only
 
 
 @st.composite
@@ -268,3 +268,54 @@ def test_root_only() -> None:
 def test_a_plan_that_no_machine_wants_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="at most 1024 nodes"):
         TreePlan.parse(text)
+
+
+def test_a_floor_ends_the_levels() -> None:
+    for floor, levels in ((-0.5, 1), (-1.0, 2), (-1.5, 3)):
+        builder = TreePlan("best", 2, 3, 9, floor).grow(torch.tensor([7]))
+        while builder.open:
+            builder.extend(torch.zeros(1, builder.frontier.shape[1], 2))
+        assert builder.level == levels, "two like children halve the chance: -0.69, then -1.39"
+
+
+def test_without_nodes_nothing_is_guessed() -> None:
+    assert not TreePlan("best", 8, 3, 1).grow(torch.tensor([7])).open
+
+
+def test_beliefs_are_the_log_probabilities_of_paths() -> None:
+    builder = TreePlan.parse("best:3x2").grow(torch.tensor([7]))
+    builder.extend(torch.tensor([[[0.9, 0.1]]]).log())
+    builder.extend(torch.tensor([[[0.8, 0.2], [0.8, 0.2]]]).log())
+    tree = builder.finish()
+    assert tree.belief is not None
+    assert tree.belief.exp().tolist() == [[pytest.approx([1.0, 0.9, 0.72])]]
+    looked_up = from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], 9, [[0.5, 0.1]])
+    assert looked_up.belief is not None
+    assert looked_up.belief.exp().tolist() == [[pytest.approx([1.0, 0.5, 0.25, 0.05])]], "shared nodes keep the first's"
+
+
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=3), min_size=2, max_size=2),
+    st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=3), min_size=2, max_size=2),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_merged_beliefs_say_who_guessed_what(one: list[list[list[int]]], other: list[list[list[int]]]) -> None:
+    roots = torch.tensor([7, 8])
+    first, second = from_paths(roots, one, 32), from_paths(roots, other, 32)
+    whole = merge(first, second, 64)
+    assert whole.belief is not None
+    assert whole.belief.shape == (2, 2, whole.size)
+    for row in range(2):
+        columns = zip(paths_of(whole, row), whole.belief[row].T.tolist(), whole.candidate[row].tolist(), strict=True)
+        found = {path: belief for path, belief, on in columns if on or not path}
+        for member, tree in enumerate((first, second)):
+            mine = {p for p, on in zip(paths_of(tree, row), tree.candidate[row].tolist(), strict=True) if on}
+            for path, belief in found.items():
+                expected = len(path) * math.log(0.5) if path in mine or not path else math.nan
+                assert belief[member] == pytest.approx(expected, nan_ok=True)
+    kept = [sorted({0, *path_to(whole.parents[row].tolist(), whole.size - 1)}) for row in range(2)]
+    size = min(map(len, kept))
+    small = pruned(whole, [row[:size] for row in kept])
+    check_contract(small)
+    for row in range(2):
+        assert paths_of(small, row) == [paths_of(whole, row)[column] for column in kept[row][:size]]

@@ -324,9 +324,11 @@ class S4CDrafter(Drafter):
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
-        if plan.nodes < 2:  # the heads take in what is committed when they are asked again
-            return root_only(sequences.roots)
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
+        if plan.nodes < 2:  # the heads take in what is committed when they are asked again
+            for state, root in zip(states, sequences.roots.tolist(), strict=True):
+                state.tokens = [*state.tokens, root]
+            return root_only(sequences.roots)
         rows, features = self._catch_up(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
         builder = plan.grow(sequences.roots, self._select)
