@@ -385,7 +385,7 @@ def test_info_tells_what_is_here_and_what_passes_cost(target: str, monkeypatch: 
     assert report["machine"]["threads"] == 1
     assert report["methods"]["s4c"]["settings"]["heads"] == 3
     assert report["models"][options.DEFAULT_TARGET]["package"]
-    assert list(report["target"]["pass_ms"]) == ["1", "2", "4", "8", "16", "32"]
+    assert list(report["target"]["pass_ms"]) == ["1", "2", "4", "8", "16", "24", "32"]
     assert all(cost > 0 for cost in report["target"]["pass_ms"].values())
     assert report["target"]["runtime"] in ("native", "torch")
     assert report["target"]["floor_ms"] > 0
