@@ -22,7 +22,13 @@ from s4c.verify.tree import lines
 DEEPEST = 8
 """Most levels that are planned; nodes of greater depth are counted with those of this one."""
 
-MEMORY, SURPRISE = 0.98, 0.01
+MOST_ODDS = 6
+"""Log-odds beyond which nodes are counted together."""
+
+NEGLIGIBLE = 0.003
+"""Chance below which the children of a node are not looked at."""
+
+MEMORY, SURPRISE = 0.98, 0.001
 """What an observation still counts when the next one comes; how improbable a run of hits or misses shows that the text
 has changed."""
 
@@ -68,7 +74,10 @@ Cell = tuple[int, int, int]
 """Who guessed a node (a bit for each drafter, the last one's the lowest), its depth, the log-odds of q."""
 
 
-@dataclass
+NOBODY: Cell = (0, 0, 0)
+
+
+@dataclass(slots=True)
 class Row:
     """The nodes of one sequence's tree, by column.
 
@@ -131,17 +140,22 @@ class Acceptance:
         return path[1:]
 
     def _row(self, tokens: list[int], parents: list[int], candidate: list[bool], belief: list[list[float]]) -> Row:
-        row = Row(tokens, parents, [0], [(0, 0, 0)], [1.0], [1.0])
+        row = Row(tokens, parents, [0], [NOBODY], [1.0], [1.0])
+        members = [(1 << bit, line) for bit, line in enumerate(reversed(belief))]
         for v in range(1, len(tokens)):
             above = parents[v]
-            depth = row.depths[above] + 1
-            guessing = [m for m, line in enumerate(belief) if candidate[v] and not math.isnan(line[v])]
-            line = belief[guessing[0]] if guessing else []
-            law = min(max(math.exp(min(0.0, line[v] - line[above])), 1e-9), 1 - 1e-9) if guessing else 0.0
-            odds = min(max(round(math.log(law / (1 - law))), -6), 6) if guessing else 0
-            cell = (sum(1 << (len(belief) - 1 - m) for m in guessing), min(depth, DEEPEST), odds)
+            depth, chance, who, law, cell = row.depths[above] + 1, 0.0, 0, 0.0, NOBODY
+            if candidate[v] and row.chances[above] >= NEGLIGIBLE:
+                for bit, line in members:
+                    if not math.isnan(line[v]):
+                        who, law = who | bit, line[v] - line[above]
+            if who:
+                law = min(max(math.exp(min(law, 0.0)), 1e-9), 1 - 1e-9)
+                odds = round(math.log(law / (1 - law)))
+                cell = (who, min(depth, DEEPEST), min(max(odds, -MOST_ODDS), MOST_ODDS))
+                chance = row.chances[above] * self.chance(cell, law)
             row.depths.append(depth)
             row.cells.append(cell)
             row.laws.append(law)
-            row.chances.append(row.chances[above] * self.chance(cell, law) if guessing else 0.0)
+            row.chances.append(chance)
         return row

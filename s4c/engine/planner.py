@@ -152,8 +152,9 @@ class CostPlanner:
         now.rows = self.acceptance.read(tree)
         now.first = 1 << (tree.belief.shape[1] - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
-        orders = [sorted(range(tree.size), key=lambda v: (v > 0, -row.chances[v], v)) for row in now.rows]
-        now.kept = [sorted(order[: now.size]) for order in orders]
+        columns = range(1, tree.size)
+        orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
+        now.kept = [[0, *sorted(order[: now.size - 1])] for order in orders]  # of equals the first: parents stay
         return tree if now.size == tree.size else pruned(tree, now.kept)
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
