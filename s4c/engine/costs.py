@@ -157,6 +157,7 @@ def _write(file: Path, costs: Costs) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.part-", delete=False) as part:
             json.dump({"passes": costs.passes, "drafts": costs.drafts}, part)
+        os.chmod(part.name, 0o644)
         os.replace(part.name, file)
     except OSError as error:
         raise ValueError(
