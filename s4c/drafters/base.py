@@ -175,13 +175,13 @@ def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids
         token_ids: [V'] int64, the target's token of each column; None for the whole vocabulary.
     """
     scores = sequences.scores
+    draws = _draws(sequences, builder.plan)
     if scores.uses_history and builder.level:
         on_path = ancestors(builder.parents)[:, :, 1:]
         frontier = builder.frontier[..., None].expand(-1, -1, on_path.shape[-1])
         processed = scores.process(logits, builder.tokens[:, 1:], on_path.gather(1, frontier), token_ids)
     else:
         processed = scores.process(logits, token_ids=token_ids)
-    draws = sequences.sampled and builder.plan.kind != "best" and not scores.greedy
     noise = None
     if draws or not sequences.sampled:
         positions = (sequences.positions + builder.level + 1)[:, None].expand(-1, logits.shape[1])
@@ -192,6 +192,27 @@ def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids
         if token_ids is not None:
             law = law.new_full((*law.shape[:2], scores.vocab_size), -torch.inf).index_copy_(2, token_ids, law)
     builder.extend(processed if noise is None else processed + noise, token_ids, law)
+
+
+def _draws(sequences: Sequences, plan: TreePlan) -> bool:
+    """Whether children are drawn from the drafter's law with noise of their own."""
+    return sequences.sampled and plan.kind != "best" and not sequences.scores.greedy
+
+
+def noise_by_level(sequences: Sequences, plan: TreePlan) -> list[Tensor | None] | None:
+    """What `extend` adds to log q at the requests' temperatures, where it does nothing else: for native drafting.
+
+    Returns:
+        B times D rows [V] of noise, of the levels of each sequence, None where there is none; None in place of the
+        list where more is asked of `extend` than temperature and noise.
+    """
+    if _draws(sequences, plan) or not sequences.scores.only_cools:
+        return None
+    first = (sequences.positions + 1).tolist()
+    if sequences.sampled or sequences.scores.greedy:
+        return [None] * (len(first) * plan.depth)
+    levels = range(plan.depth)
+    return [sequences.scores.noise_row(b, start + level) for b, start in enumerate(first) for level in levels]
 
 
 def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:

@@ -21,7 +21,7 @@ from s4c.drafters.checkpoint import load_drafter, read_checkpoint
 from s4c.drafters.combined import CombinedDrafter
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
-from s4c.engine.threads import share_threads
+from s4c.engine.threads import check_threads, share_threads
 from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
@@ -69,8 +69,9 @@ class LLM:
         runtime: `auto`, `native`, `torch` or `hf`.
         context_length: most tokens of a sequence; None takes the model's own limit.
         max_batch: most sequences to decode at once.
-        threads: CPU threads for the whole process; None leaves them as they are. On the native runtime they are
-            its own, and torch, which has little left to do, keeps one, for two pools would fight for the cores.
+        threads: CPU threads for the whole process, at most four for each processor; None leaves them as they are.
+            On the native runtime they are its own, and torch, which has little left to do, keeps one, for two pools
+            would fight for the cores.
 
     Raises:
         ValueError: an argument is outside its range; the message says what is allowed.
@@ -90,8 +91,7 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
+        check_threads(threads)
         if tree != "auto":
             TreePlan.parse(tree)
         self.tokenizer: Any = None

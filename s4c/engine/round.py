@@ -88,7 +88,7 @@ class Engine:
             tokens=tokens,
             roots=torch.tensor([line[-1] for line in tokens], device=device),
             positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
-            scores=Scores(params, tokens, [len(sequence.prompt) for sequence in running], self.noise),
+            scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.highest),
             sampled=self.sampled,
             plan=self.plan,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
+from s4c.models.native.rows import native_highest
 from s4c.models.stack import Rope, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
@@ -103,6 +104,7 @@ class LlamaTarget(Target):
         self.dtype = dtype
         self.device = device
         self.runtime = "native" if native else "torch"
+        self.highest = native_highest if native else None
         self.shape = layer_shape(config)
         loaded = torch.bfloat16 if dtype == torch.int8 else dtype
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device).requires_grad_(False)

@@ -11,17 +11,6 @@
 #include <thread>
 #include <vector>
 
-extern "C" {
-void s4c_variants(char* out, int size);
-int s4c_choose(const char* name);
-void s4c_set_threads(int threads);
-int s4c_threads();
-int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents);
-int s4c_linear(const Linear* linear, const float* x, int count, float* out);
-void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
-}
-
 #define CHECK(condition)                                                             \
     do {                                                                             \
         if (!(condition)) {                                                          \
