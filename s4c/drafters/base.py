@@ -151,14 +151,17 @@ class Method:
 
     Attributes:
         name: what users call it.
-        create: makes an untrained drafter (methods without weights) for a target; None for trained ones.
+        create: makes a drafter that is not trained here, from a target and what the user wrote after `NAME=` ("" where
+            there was no more than the name); None for methods that are always trained.
+        form: how users write that, `NAME`, `NAME=THIS` or `NAME[=THIS]`; the name alone unless given.
         config: the configuration dataclass of a trained method; None where there is nothing to train.
         model: makes the draft model from a target, a configuration and the draft vocabulary's token ids
             [V']; its weights are those that training starts from. None where there is nothing to train.
     """
 
     name: str
-    create: Callable[[Target], Drafter] | None = None
+    create: Callable[[Target, str], Drafter] | None = None
+    form: str = ""
     config: type | None = None
     model: Callable[[Target, Any, Tensor], DraftModel] | None = None
 
