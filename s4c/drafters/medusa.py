@@ -46,7 +46,8 @@ class MedusaConfig:
         heads: K, the number of heads and of levels that a tree can have.
         layers: residual blocks of each head (the paper: 1).
         draft_vocab: number of tokens that the drafter can propose, the most frequent ones; 0: all.
-        lm_head: `tied` reads the target's own LM head, `own` trains a copy of it for each head (the paper).
+        lm_head: `own` trains a copy of the target's LM head for each head (the paper), `tied` trains a square matrix
+            before the target's: with that alone a head could not take anything back of its feature, for SiLU only adds.
     """
 
     heads: int = 4
@@ -75,7 +76,7 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHead(nn.Module):
-    """One head: residual blocks, and an LM head.
+    """One head: residual blocks, and an LM head or what comes before a shared one.
 
     Args:
         hidden: size of a feature.
@@ -86,11 +87,12 @@ class MedusaHead(nn.Module):
     def __init__(self, hidden: int, layers: int, rows: Tensor | None) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(layers)))
-        self.own = None if rows is None else Linear.of(rows.clone())
+        self.last = Linear.of(torch.eye(hidden) if rows is None else rows.clone())
+        self._shares = rows is None
 
     def logits(self, hidden: Tensor, shared: Linear) -> Tensor:
         """[..., V'] of what the blocks give."""
-        logits: Tensor = (self.own or shared)(hidden)
+        logits: Tensor = shared(self.last(hidden)) if self._shares else self.last(hidden)
         return logits
 
 
