@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from test_s4c_drafter import Run
 from tiny_training import VOCAB, TinyTarget, tiny_rows
 
 from s4c import LLM, SamplingParams
 from s4c.drafters import METHODS
-from s4c.drafters.base import Drafter, DraftModel, Sequences
+from s4c.drafters.base import Drafter, DraftModel, Sequences, TrainingBatch
 from s4c.drafters.checkpoint import load_drafter, load_model, save_checkpoint
 from s4c.errors import WrongTarget
 from s4c.models.base import Target
@@ -27,7 +28,7 @@ from s4c.verify.scores import DRAFT_STREAM, NoiseTable, Scores
 from s4c.verify.tree import TreePlan
 
 METHODS_UNDER_TEST: dict[str, tuple[dict[str, Any], str]] = {
-    "s4c": ({"head_dim": 8, "heads": 2}, "chain:2"),
+    "s4c": ({"head_dim": 4, "heads": 2}, "chain:2"),
     "medusa": ({"heads": 2, "layers": 2, "lm_head": "own"}, "chain:2"),
     "draft-model": ({"layers": 2, "width": 32, "heads": 2}, "chain:4"),
 }
@@ -72,6 +73,40 @@ def write(llm: LLM, drafter: str | Drafter, params: SamplingParams, tree: str = 
     llm.rule = rule
     llm.use(drafter, tree)
     return [generation.token_ids for generation in llm.generate(PROMPTS, params)]
+
+
+def test_drafting_is_the_training_pass(llm: LLM, method: str) -> None:
+    """Round after round, whatever was accepted: each drafted token is the first of the head that drafts its level."""
+    model = model_of(method, llm.target, torch.arange(0, 64, 2)).eval()
+    run = Run(llm.target, model.drafter(llm.target, torch.float32), PROMPTS, "chain:2")
+    for _ in range(4):
+        scores, tree = run.propose()
+        for slot, line in enumerate(run.tokens):
+            text, features = line + tree.tokens[slot, 1:].tolist(), run.features[slot]
+            padded = torch.cat([features, torch.zeros(len(text) - len(features), features.shape[1])])
+            batch = TrainingBatch(torch.tensor([text]), padded[None], torch.tensor([len(text)]), torch.tensor([0]))
+            with torch.no_grad():
+                heads = model.predictions(batch)
+                for level, token in enumerate(text[len(line) :]):
+                    head, at = heads[min(level, len(heads) - 1)], len(line) + level
+                    if at >= head.offset:
+                        logits = head.logits(head.hidden[0, at - head.offset])
+                        assert token == int(model.token_ids[logits.argmax()])
+        run.finish(scores, tree)
+
+
+def test_going_on_is_starting_anew(llm: LLM, method: str) -> None:
+    """With trees wide enough to accept something, the next tree is that of a drafter that reads the text at once."""
+    drafter = model_of(method, llm.target).drafter(llm.target, torch.float32)
+    run = Run(llm.target, drafter, PROMPTS, "comb:40x3")
+    assert sum(sum(run.finish(*run.propose())) for _ in range(6)) > 12
+    lines = [list(line) for line in run.tokens]
+    _, going_on = run.propose()
+    _, anew = Run(
+        llm.target, model_of(method, llm.target).drafter(llm.target, torch.float32), lines, "comb:40x3"
+    ).propose()
+    assert torch.equal(going_on.tokens, anew.tokens)
+    assert torch.equal(going_on.parents, anew.parents)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
