@@ -43,7 +43,8 @@ Tree = Annotated[
 Rule = Annotated[
     str,
     typer.Option(
-        help="Acceptance rule: coupled (the same tokens as plain decoding) or rejection (the same law).",
+        help="Acceptance rule: coupled (the same tokens as plain decoding), rejection (the same law), or typical "
+        "(LOSSY: faster above temperature 0, and another law).",
         rich_help_panel=MODEL,
     ),
 ]

@@ -4,5 +4,5 @@ from s4c.drafters import draft_model, medusa, ngram, s4c
 from s4c.drafters.base import Method
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (s4c.METHOD, medusa.METHOD, draft_model.METHOD, ngram.METHOD)
+    method.name: method for method in (s4c.METHOD, medusa.METHOD, ngram.METHOD, draft_model.METHOD)
 }

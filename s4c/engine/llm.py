@@ -63,7 +63,7 @@ class LLM:
             (plain decoding), `shipped`, the name of a method without training, perhaps with `=` and what it wants to
             know (`ngram=corpus.txt`), a checkpoint directory, two of these joined by `+` (one tree of both), or a
             drafter.
-        rule: `coupled` or `rejection`.
+        rule: `coupled` (the tokens of plain decoding) or `rejection` (their law); or `typical`, which is lossy.
         tree: `comb:K`, `best:N`, `chain:D`, or `auto` for what the drafter recommends.
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
