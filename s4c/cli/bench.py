@@ -59,6 +59,7 @@ def bench(
     from s4c.bench.questions import sample as choose
     from s4c.bench.run import Bench, summarise
     from s4c.types import SamplingParams
+    from s4c.verify.typical import title
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if transformers and temperature > 0:
@@ -79,7 +80,7 @@ def bench(
     answers = _batched(runner, chosen, singly) if batch > 1 else _one_by_one(runner, chosen, seed, out)
     if out is not None and batch > 1:
         _append(out, answers)
-    summary = summarise(answers)
+    summary = [{"rule": title(rule), **row} for row in summarise(answers)]
     if as_json:
         typer.echo(json.dumps(summary))
     else:
@@ -144,6 +145,7 @@ def _progress() -> Progress:
 
 def _print(summary: list[dict[str, Any]], timed: bool) -> None:
     console = Console(width=160, highlight=False)
+    console.print(f"rule: {summary[0]['rule']}")
     table = Table("method", "answers", "equal to plain", "tokens a pass")
     for name in ("tokens/s", "with prefill", "speedup") if timed else ():
         table.add_column(name, justify="right")

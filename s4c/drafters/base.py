@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s4c.models.base import Target
+from s4c.models.layers import packs
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.scores import DRAFT_STREAM, TARGET_STREAM, Scores
 from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
@@ -145,20 +146,30 @@ class DraftModel(nn.Module, ABC):
         """A drafter that runs on a copy of the present weights, in the target's dtype unless one is given."""
 
 
+def drafting_dtype(target: Target) -> torch.dtype:
+    """The fastest: the drafter's precision changes how much is accepted, never what is written."""
+    if target.runtime == "native":
+        return torch.int8
+    return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
+
+
 @dataclass(frozen=True)
 class Method:
     """A line of the table of drafters.
 
     Attributes:
         name: what users call it.
-        create: makes an untrained drafter (methods without weights) for a target; None for trained ones.
+        create: makes a drafter that is not trained here, from a target and what the user wrote after `NAME=` ("" where
+            there was no more than the name); None for methods that are always trained.
+        form: how users write that, `NAME`, `NAME=THIS` or `NAME[=THIS]`; the name alone unless given.
         config: the configuration dataclass of a trained method; None where there is nothing to train.
         model: makes the draft model from a target, a configuration and the draft vocabulary's token ids
             [V']; its weights are those that training starts from. None where there is nothing to train.
     """
 
     name: str
-    create: Callable[[Target], Drafter] | None = None
+    create: Callable[[Target, str], Drafter] | None = None
+    form: str = ""
     config: type | None = None
     model: Callable[[Target, Any, Tensor], DraftModel] | None = None
 

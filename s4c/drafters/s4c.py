@@ -31,12 +31,13 @@ from s4c.drafters.base import (
     Prediction,
     Sequences,
     TrainingBatch,
+    drafting_dtype,
     extend,
     finish,
     noise_by_level,
 )
 from s4c.models.base import Target
-from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
 from s4c.models.native.draft import NativeDraft
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
@@ -191,13 +192,6 @@ class S4CModel(DraftModel):
 
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> S4CDrafter:
         return S4CDrafter(self, target, dtype or drafting_dtype(target))
-
-
-def drafting_dtype(target: Target) -> torch.dtype:
-    """The fastest: the drafter's precision changes how much is accepted, never what is written."""
-    if target.runtime == "native":
-        return torch.int8
-    return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

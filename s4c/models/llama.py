@@ -17,7 +17,7 @@ from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
 from s4c.models.native.rows import native_highest
-from s4c.models.stack import Rope, stack_class
+from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -118,6 +118,11 @@ class LlamaTarget(Target):
         self._load(tensors, config.num_hidden_layers, loaded)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
+
+    @property
+    def stack(self) -> Stack:
+        """Its layers and their cache, for what runs the model otherwise than as a target."""
+        return self._stack
 
     def reserve(self, slots: int, length: int) -> None:
         self._stack.reserve(slots, length)
