@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s4c.models.adapter import AdaptedRows
 from s4c.models.cache import ROWS_PER_GROWTH
 from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm
 from s4c.models.native import library
@@ -87,7 +88,9 @@ class NativeStack(Stack):
         self.c_cache.slots, self.c_cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
-    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(
+        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+    ) -> Tensor:
         batch, count, width = x.shape
         slots = slice(first_slot, first_slot + batch)
         self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
