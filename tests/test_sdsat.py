@@ -37,7 +37,9 @@ def text_batch(lines: list[list[int]], answer_start: int = 1) -> TrainingBatch:
     longest = max(len(line) for line in lines)
     tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines])
     length = torch.tensor([len(line) for line in lines])
-    return TrainingBatch(tokens, torch.zeros(*tokens.shape, tiny_models.HIDDEN), length, torch.full_like(length, answer_start))
+    return TrainingBatch(
+        tokens, torch.zeros(*tokens.shape, tiny_models.HIDDEN), length, torch.full_like(length, answer_start)
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])

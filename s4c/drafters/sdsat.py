@@ -92,7 +92,7 @@ class SDSATModel(DraftModel):
         self.register_buffer("token_ids", token_ids)
         self.register_buffer("head", target.head_weight(), persistent=False)
         embedding = target.embedding_weight().float()
-        scatter = embedding.std(0) * torch.randn(config.tokens, embedding.shape[1], device=embedding.device)
+        scatter = 0.2 * embedding.std(0) * torch.randn(config.tokens, embedding.shape[1], device=embedding.device)
         self.embeddings = nn.Parameter(embedding.mean(0) + scatter)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, (inputs, outputs) in self.shape.products.items() if config.rank else ():

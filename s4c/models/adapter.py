@@ -76,7 +76,7 @@ class RowTerm:
         """[B, N, outputs], y with the term of x [B, N, inputs] added; y may be overwritten."""
         down, up = self.low_rank.down, self.low_rank.up
         if self.rows is None:
-            return y + F.linear(F.linear(x.to(down.dtype), down), up)
+            return y + F.linear(F.linear(x.to(down.dtype), down), up).to(y.dtype)
         term = F.linear(F.linear(x[self.rows].float(), down), up)
         y[self.rows] = (y[self.rows] + term).to(y.dtype)
         return y
