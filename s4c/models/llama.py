@@ -163,8 +163,6 @@ class LlamaTarget(Target):
         self._stack.move(source, destination)
 
     def adapt(self, adapter: Adapter | None) -> None:
-        if self.runtime == "native":
-            super().adapt(adapter)
         self._adapter = adapter
 
     def open_layers(self) -> OpenLayers:
