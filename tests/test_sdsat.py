@@ -15,6 +15,8 @@ import tiny_models
 import torch
 from test_engine import PROMPTS as REQUESTS
 from test_engine import SETTINGS
+from test_native import SETS as INSTRUCTION_SETS
+from test_native import computing
 from test_rules import COOL, HOT, PROMPT, check_lossless
 from test_s4c_drafter import PROMPTS, Run
 from verify_oracles import Text, deterministic_tree, distance, plain_law, processed_by, sampled_trees, tiny_model
@@ -29,7 +31,8 @@ from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel, ends, hang
 from s4c.errors import UnsupportedModel, WrongTarget
 from s4c.models.loading import load_target
 from s4c.training.checkpoint import latest
-from s4c.training.data import Row
+from s4c.training.data import Row, collate
+from s4c.training.losses import CompositeLoss, LossWeights
 from s4c.training.simulate import simulate
 from s4c.training.trainer import TrainConfig, Trainer
 from s4c.types import DraftTree
@@ -37,7 +40,7 @@ from s4c.verify.tree import TreePlan, from_paths, root_only
 
 VOCAB, SIZE = tiny_models.VOCAB, 3
 TWO_STEP, FUSED = 0, 4
-RUNTIMES = ["torch"]
+RUNTIMES = ["torch", *(["native"] if INSTRUCTION_SETS else [])]
 
 
 @pytest.fixture(scope="module", params=RUNTIMES)
@@ -127,6 +130,30 @@ def test_low_rank_terms_act_on_every_product(llm: LLM) -> None:
     assert torch.equal(none, llm.target.verify(probed).logits[0, 1:])
     for name in ("qkv", "out", "gate_up", "down"):
         assert not torch.allclose(said(name), none)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_native_probes_know_no_neighbours_and_are_those_of_torch(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    directory = str(tiny_models.save(tmp_path, "qwen2", intermediate_size=44))
+    target = load_target(directory, runtime="native", dtype=dtype)
+    adapter = model_of(target).adapter()
+    text = torch.tensor(REQUESTS[0])
+    tree = from_paths(text[-1:], [[[5, 6], [5, 7], [8]]], 9)
+    whole = hang(tree, torch.tensor([[0, 2, 4]]), VOCAB, SIZE)
+    alone = hang(root_only(text[-1:]), torch.tensor([[0]]), VOCAB, SIZE)
+
+    def said(target: Any, tree: DraftTree) -> torch.Tensor:
+        target.adapt(adapter)
+        target.reserve(1, 64)
+        target.prefill(0, text[:-1])
+        return target.verify(tree).logits[0]
+
+    with computing(name):
+        features = said(target, whole)
+        assert torch.equal(features[tree.size : tree.size + SIZE], said(target, alone)[1:])
+        if dtype == torch.float32:
+            assert torch.allclose(features, said(load_target(directory, runtime="torch"), whole), atol=1e-4)
 
 
 # --- what the groups of a training pass see ---
@@ -388,6 +415,29 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
+def test_the_loss_is_over_the_guesses_of_the_groups_alone(target: Any) -> None:
+    """Against the plain definition, token by token."""
+    model = model_of(target, groups=4).eval()
+    rows = answers(target, 2)
+    features = [target.prefill(0, torch.tensor(row.tokens)) for row in rows]
+    batch = collate(rows, features, target.device)
+    _, parts = CompositeLoss(model, target.head_weight(), LossWeights())(batch)
+    for number, head in enumerate(model.predictions(batch), 1):
+        truth, teacher = [], []
+        for b, row in enumerate(rows):
+            for at in head.made[b].nonzero()[:, 0].tolist():
+                about = at + head.offset
+                assert at >= len(row.prompt_ids) - 1
+                if about < len(row):
+                    log_q = head.logits(head.hidden[b, at]).log_softmax(-1)
+                    p = (features[b][about - 1] @ target.head_weight().T).softmax(-1)
+                    truth.append(-float(log_q[row.tokens[about]]))
+                    teacher.append(-float(p @ log_q))
+        assert 4 < len(truth) <= 8
+        assert float(parts[f"lm/{number}"]) == pytest.approx(sum(truth) / len(truth), rel=1e-4)
+        assert float(parts[f"teacher/{number}"]) == pytest.approx(sum(teacher) / len(teacher), rel=1e-4)
+
+
 def test_it_overfits_a_tiny_corpus(tmp_path: Path, target: Any) -> None:
     """To the theoretical MAL: 20 tokens in rounds of 1 and 1 + k in turns, or of 1 and then 1 + k each."""
     rows = answers(target, 3)
@@ -455,8 +505,9 @@ def test_a_runtime_that_cannot_is_refused(tmp_path: Path) -> None:
         model_of(eager)
     with pytest.raises(UnsupportedModel, match="the runtime hf cannot adapt single rows"):
         eager.adapt(None)
-    with pytest.raises(UnsupportedModel, match="load it with runtime torch"):
-        model_of(load_target(directory, runtime="native")).train()
+    if INSTRUCTION_SETS:
+        with pytest.raises(UnsupportedModel, match="load it with runtime torch"):
+            model_of(load_target(directory, runtime="native")).train()
 
 
 @pytest.mark.parametrize(
