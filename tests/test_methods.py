@@ -6,6 +6,7 @@ state right through batches and moves, trains, goes on where it was stopped, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import tiny_models
 import torch
 from test_s4c_drafter import Run
 from tiny_training import VOCAB, TinyTarget, tiny_rows
+from typer.testing import CliRunner
 
 from s4c import LLM, SamplingParams
+from s4c.cli.main import app
 from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, DraftModel, Sequences, TrainingBatch
 from s4c.drafters.checkpoint import load_drafter, load_model, save_checkpoint
@@ -230,3 +233,24 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(
     assert trainer(method, tmp_path / "halves", 8, resume=True).fit().standing.step == 8
     last = Path("steps/step-00000008/model.safetensors")
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "halves" / last).read_bytes()
+
+
+def test_the_commands_train_and_use_it(method: str, tmp_path: Path) -> None:
+    target = ["--target", str(tiny_models.save(tmp_path, "llama", tokenizer=True)), "--threads", "1"]
+    rows = [{"prompt_ids": [n, 5, 6], "answer_ids": [7, 8, 9, 7, 8, 9], "temperature": 0.0} for n in range(12)]
+    text, questions = tmp_path / "text.jsonl", tmp_path / "questions.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text('{"question_id": 1, "category": "qa", "turns": ["hello"]}\n')
+    settings = {"draft_vocab": 100, **METHODS_UNDER_TEST[method][0]}
+    chosen = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    drafter = str(tmp_path / "run" / "best")
+    run = ["train", "--method", method, "--data", str(text), "--out", str(tmp_path / "run"), "--held-out", "0.3"]
+    for command in (
+        [*run, "--steps", "3", "--cache", str(tmp_path / "features"), *chosen, *target],
+        ["generate", "hello", "--drafter", drafter, "--compare", "--max-new-tokens", "8", *target],
+        ["eval", "--data", str(text), "--drafter", drafter, "--held-out", "1", "--max-new-tokens", "8", *target],
+        ["bench", "--questions", str(questions), "--methods", drafter, "--max-new-tokens", "8", *target],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "features").exists()
