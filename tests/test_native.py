@@ -241,7 +241,8 @@ def test_the_layers_are_those_of_torch(shape: LayerShape, options: dict[str, Any
             with computing(name):
                 features = torch.cat([prefill(stack, 0, x, [75]), stack.run(nodes, tree)[0]])
             error = (features - expected).norm() / expected.norm()
-            assert error < bound, (dtype, name)
+            # A single number averages no rounding away.
+            assert error < (2 * bound if shape.hidden == 1 else bound), (dtype, name)
 
 
 # ------------------------------------------------------------------------------ the layers, against themselves, bitwise

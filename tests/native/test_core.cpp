@@ -110,7 +110,7 @@ struct Model {
         stack = {shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, LAYERS, 1e-5f, 1.0f,
                  frequencies.data(), norm.data(), nullptr, {}, layers.data()};
         size_t cells = static_cast<size_t>(LAYERS * SLOTS * shape.kv_heads) * ROWS / (kind == FLOAT32 ? 1 : 2);
-        keys.resize(cells * static_cast<size_t>(shape.head_dim));
+        keys.resize(cells * up(shape.head_dim, 32));
         values.resize(cells * up(shape.head_dim, 16));
         cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class NativeStack(Stack):
         self._kept: dict[int, list[Any]] = {}
         self._adapter: Adapter | None = None
         self._terms: list[NativeLowRank] = []
-        self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
-        self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
+        self._keys, self._values = _cells(layers, shape, self._cell)
         self.c_stack = CStack(
             shape.hidden,
             shape.intermediate,
@@ -77,16 +77,12 @@ class NativeStack(Stack):
         self._layers[index] = CLayer(first, *(heads or (None, None)), last, *(product.c for product in products))
 
     def reserve(self, slots: int, length: int) -> None:
-        old_slots, old_rows = self._values.shape[1], self._values.shape[3]
+        old_slots, old_rows = self.c_cache.slots, self.c_cache.rows
         if slots <= old_slots and length <= old_rows:
             return
         slots, rows = max(slots, old_slots), max(old_rows, -(-length // ROWS_PER_GROWTH) * ROWS_PER_GROWTH)
-        for name, height in (("_keys", rows // BLOCK), ("_values", rows)):
-            old = getattr(self, name)
-            grown = old.new_zeros(old.shape[0], slots, old.shape[2], height, *old.shape[4:])
-            grown[:, :old_slots, :, : old.shape[3]] = old
-            setattr(self, name, grown)
-        self.c_cache.keys, self.c_cache.values = self._keys.data_ptr(), self._values.data_ptr()
+        self._keys, self._values = self._keys.grown(slots, rows), self._values.grown(slots, rows)
+        self.c_cache.keys, self.c_cache.values = self._keys.tensor.data_ptr(), self._values.tensor.data_ptr()
         self.c_cache.slots, self.c_cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
@@ -151,6 +147,42 @@ class NativeStack(Stack):
 
     def move(self, source: int, destination: int) -> None:
         length = self.lengths[source]
-        for cells, count in ((self._keys, -(-length // BLOCK)), (self._values, length)):
-            cells[:, destination, :, :count] = cells[:, source, :, :count]
+        for cells in (self._keys, self._values):
+            cells.rows(destination, length).copy_(cells.rows(source, length))
         self.lengths[destination] = length
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The keys or the values of a cache, as core.h has them.
+
+    Attributes:
+        tensor: [layers, slots, ...], rows `together` of a kind along the dimension `axis`.
+    """
+
+    tensor: Tensor
+    axis: int
+    together: int
+
+    def rows(self, slot: int, count: int) -> Tensor:
+        """A view of the first rows of a slot, whole groups of them."""
+        return self.tensor[:, slot].narrow(self.axis - 1, 0, -(-count // self.together))
+
+    def grown(self, slots: int, rows: int) -> _Cells:
+        """The same cells with room for more; what is new is zero."""
+        old = self.tensor
+        sizes = list(old.shape)
+        sizes[1], sizes[self.axis] = slots, rows // self.together
+        tensor = old.new_zeros(sizes)
+        tensor[:, : old.shape[1]].narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
+        return _Cells(tensor, self.axis, self.together)
+
+
+def _cells(layers: int, shape: LayerShape, cell: torch.dtype) -> tuple[_Cells, _Cells]:
+    """Keys and values without any slot."""
+    slots, wide = (layers, 0, shape.kv_heads), -(-shape.head_dim // BLOCK)
+    if cell == torch.float32:
+        keys = torch.zeros(*slots, 0, shape.head_dim, BLOCK)
+        return _Cells(keys, 3, BLOCK), _Cells(torch.zeros(*slots, 0, wide * BLOCK), 3, 1)
+    keys = torch.zeros(*slots, 0, -(-shape.head_dim // 32) * 16, BLOCK, 2, dtype=cell)
+    return _Cells(keys, 3, BLOCK), _Cells(torch.zeros(*slots, wide, 0, BLOCK, 2, dtype=cell), 4, 2)

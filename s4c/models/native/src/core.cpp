@@ -217,8 +217,6 @@ int guarded(Work work) {
     }
 }
 
-size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
-
 size_t input_bytes(const Linear& linear) {
     size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
     return static_cast<size_t>(linear.padded) * width;
@@ -243,21 +241,15 @@ void read_rows(Core& c, int batch, int count, int pending, int first_slot, const
         }
 }
 
-template <class Cell>
+template <class Place>
 void keep_rows(const Cache& cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
-    size_t size = static_cast<size_t>(head_dim), wide = round_up(size, 16), all = static_cast<size_t>(cache.rows);
     for (int layer = 0; layer < layers; layer++)
         for (int head = 0; head < heads; head++) {
-            size_t at = (static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot)) *
-                            static_cast<size_t>(heads) + static_cast<size_t>(head);
-            Cell* keys = static_cast<Cell*>(cache.keys) + at * all * size;
-            Cell* values = static_cast<Cell*>(cache.values) + at * all * wide;
+            Place at(cache, place_of(cache, heads, layer, slot, head), head_dim);
             for (int i = 0; i < count; i++) {
                 size_t from = static_cast<size_t>(start + rows[i]), to = static_cast<size_t>(start + i);
                 if (from == to) continue;
-                for (size_t k = 0; k < size; k++)
-                    keys[(to / 16 * size + k) * 16 + to % 16] = keys[(from / 16 * size + k) * 16 + from % 16];
-                std::memcpy(values + to * wide, values + from * wide, wide * sizeof(Cell));
+                for (size_t k = 0; k < static_cast<size_t>(head_dim); k++) *at.key(to, k) = *at.key(from, k), *at.value(to, k) = *at.value(from, k);
             }
         }
 }
@@ -311,7 +303,8 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         s.wide_stride = round_up(widest, 16) + 16;
         s.input_stride = round_up(input, 64) + 64;
         s.row_scores = round_up(static_cast<size_t>(cache->rows), 16) + 64;
-        s.score_stride = MOST_QUERIES * (s.row_scores + round_up(static_cast<size_t>(stack->head_dim), 16));
+        size_t deep = round_up(static_cast<size_t>(stack->head_dim), 32);
+        s.score_stride = MOST_QUERIES * (s.row_scores + deep) + (cache->half ? 16 / 2 * (s.row_scores + deep) : 0);
         s.x = c.x.get<float>(n * hidden);
         s.wide = c.wide.get<float>(n * s.wide_stride);
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
@@ -357,6 +350,6 @@ int s4c_highest(const float* x, int count, int columns, const float* temperature
 
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
     std::lock_guard<std::mutex> lock(core().mutex);
-    if (cache->half) keep_rows<uint16_t>(*cache, layers, heads, head_dim, slot, start, rows, count);
-    else keep_rows<float>(*cache, layers, heads, head_dim, slot, start, rows, count);
+    if (cache->half) keep_rows<HalfRows>(*cache, layers, heads, head_dim, slot, start, rows, count);
+    else keep_rows<FloatRows>(*cache, layers, heads, head_dim, slot, start, rows, count);
 }

@@ -50,13 +50,52 @@ struct Stack {
     const Layer* layer;
 };
 
-// keys   [layers][slots][kv_heads][rows / 16][head_dim][16]
-// values [layers][slots][kv_heads][rows][head_dim padded to 16], both bf16 (half = 1) or fp32
+// The keys and values of rows of cells, for each of [layers][slots][kv_heads], as tiles take them:
+//   fp32             keys [rows / 16][head_dim][16]                      values [rows][head_dim padded to 16]
+//   bf16 (half = 1)  keys [rows / 16][head_dim padded to 32, / 2][16][2]  values [head_dim padded to 16, / 16][rows / 2][16][2]
 struct Cache {
     void* keys;
     void* values;
     int32_t slots, rows, half;
 };
+
+inline size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Where the numbers of one slot and head lie.
+struct FloatRows {
+    float* keys;
+    float* values;
+    size_t size, wide;
+
+    FloatRows(const Cache& cache, size_t at, int head_dim)
+        : keys(static_cast<float*>(cache.keys)), values(static_cast<float*>(cache.values)), size(static_cast<size_t>(head_dim)),
+          wide(round_up(size, 16)) {
+        keys += at * static_cast<size_t>(cache.rows) * size;
+        values += at * static_cast<size_t>(cache.rows) * wide;
+    }
+    float* key(size_t row, size_t i) const { return keys + (row / 16 * size + i) * 16 + row % 16; }
+    float* value(size_t row, size_t i) const { return values + row * wide + i; }
+};
+
+struct HalfRows {
+    uint16_t* keys;
+    uint16_t* values;
+    size_t deep, rows;  // a key with its padding; cells of a block of values
+
+    HalfRows(const Cache& cache, size_t at, int head_dim)
+        : keys(static_cast<uint16_t*>(cache.keys)), values(static_cast<uint16_t*>(cache.values)),
+          deep(round_up(static_cast<size_t>(head_dim), 32)), rows(static_cast<size_t>(cache.rows)) {
+        keys += at * rows * deep;
+        values += at * rows * round_up(static_cast<size_t>(head_dim), 16);
+    }
+    uint16_t* key(size_t row, size_t i) const { return keys + (row / 16 * deep + i / 2 * 2) * 16 + row % 16 * 2 + i % 2; }
+    uint16_t* value(size_t row, size_t i) const { return values + (i / 16 * rows + row / 2 * 2) * 16 + i % 16 * 2 + row % 2; }
+};
+
+inline size_t place_of(const Cache& cache, int kv_heads, int layer, int slot, int head) {
+    size_t line = static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot);
+    return line * static_cast<size_t>(kv_heads) + static_cast<size_t>(head);
+}
 
 // The rows of a pass. A row attends to the first `prefix` cache rows of its slot, then to `path` in order; the
 // last of these is its own.
@@ -76,7 +115,7 @@ struct Team {
 };
 
 constexpr int MOST_TOP = 64;      // that are picked of a row
-constexpr int MOST_QUERIES = 12;  // that are attended to together
+constexpr int MOST_QUERIES = 16;  // that are attended to together
 
 struct Scratch {
     float* x;         // [count, hidden], residual stream
@@ -85,7 +124,8 @@ struct Scratch {
     float* scales;    // [count], of int8 inputs
     float* context;   // [count, wide_stride], attention's or the MLP's
     float* angles;    // [count, head_dim], cosines and sines
-    float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], then as many sums of values
+    float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], as many sums of values, and for halves the
+                      // queries and their weights once more, 16 rows each
     const uint8_t* adapted;  // [count], whether a row has low-rank terms; or null
     float* inner;            // [count, inner_stride], x A^T of the product at hand
     size_t wide_stride, input_stride, score_stride, row_scores, inner_stride;
