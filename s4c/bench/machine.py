@@ -90,7 +90,7 @@ def load_average() -> list[float]:
 def provenance() -> dict[str, Any]:
     """Where figures come from: command, commit, versions, machine."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["s4c", *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": {"s4c": s4c.__version__, "python": platform.python_version(), **_versions()},

@@ -42,17 +42,17 @@ def quotient(rows: Sequence[Sequence[float]]) -> Estimate:
         rows: one for each question, all sums above 0; for the interval questions are drawn with replacement.
     """
     table = np.asarray(rows, dtype=np.float64)
-    value = _fraction(table.sum(0))
+    value = float(_fraction(table.sum(0)))
     if len(table) < 2:
         return Estimate(value, value, value)
     tail = (1 - CONFIDENCE) / 2
-    sums = _draws(len(table)) @ table
-    low, high = np.quantile([_fraction(line) for line in sums], [tail, 1 - tail])
+    low, high = np.quantile(_fraction(_draws(len(table)) @ table), [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
 
 
-def _fraction(sums: Floats) -> float:
-    return float(np.prod(sums[0::2]) / np.prod(sums[1::2]))
+def _fraction(sums: Floats) -> Floats:
+    value: Floats = np.prod(sums[..., 0::2], -1) / np.prod(sums[..., 1::2], -1)
+    return value
 
 
 @lru_cache(maxsize=8)
