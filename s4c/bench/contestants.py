@@ -17,13 +17,13 @@ from s4c.bench.machine import Footprint
 from s4c.drafters.base import Drafter
 from s4c.engine.llm import LLM, choose_drafter
 from s4c.types import SamplingParams
-from s4c.verify.rules import rule_named
 from s4c.verify.tree import TreePlan
+from s4c.verify.typical import title
 
 PLAIN = "plain"
 """Decoding without a drafter, which drafters' own names call `none`."""
 
-OPTIONS = "a tree (comb:K, best:N, chain:D), rule=coupled or rejection, temperature=T"
+OPTIONS = "a tree (such as best:16), rule=R, temperature=T"
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,16 @@ class Method(Contestant):
         self.tree, self.rule = "auto", rule
         for option in options:
             self._set(option)
-        rule_named(self.rule)
+        if self.rule != "coupled" and "@rule=" not in self.name:
+            self.name += f"@rule={self.rule}"
+        self.name += title(self.rule).removeprefix(self.rule)  # a lossy one is marked
         self.footprint = Footprint(target_bytes)
         with self.footprint.watch():
             self.drafter: Drafter = choose_drafter("none" if drafter == PLAIN else drafter, llm.target)
-        plan = TreePlan.parse(self.drafter.default_tree if self.tree == "auto" else self.tree)
-        self.nodes = plan.nodes if plan.nodes and drafter != PLAIN else None
+            self.use()
+        shape = self.drafter.default_tree if self.tree == "auto" else self.tree
+        if drafter != PLAIN and ":" in shape:
+            self.nodes = TreePlan.parse(shape).nodes or None
 
     def _set(self, option: str) -> None:
         key, equals, value = option.partition("=")

@@ -52,6 +52,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a drafter on text that it was not trained on."""
+    from s4c.verify.typical import title
+
     llm = options.load(
         target,
         drafter,
@@ -66,7 +68,7 @@ def evaluate(
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
-    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": str(llm.plan)}
+    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": str(llm.plan), "rule": title(rule)}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):
         features = _features(llm, chosen)
@@ -183,7 +185,7 @@ def _print(report: dict[str, Any]) -> None:
         console.print("given: where the heads before had the token first\n")
     table = Table("mean acceptance length", "MAL", "passes", box=box.SIMPLE_HEAD)
     lines = {"simulated, temperature 0": report["simulated"]}
-    lines |= {f"engine, temperature {name}": value for name, value in report["engine"].items()}
+    lines |= {f"engine, temperature {name}, rule {report['rule']}": value for name, value in report["engine"].items()}
     for name, value in lines.items():
         if value is None:
             table.add_row(name, "no rows at temperature 0", "")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.scores import Highest
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Target(ABC):
     dtype: torch.dtype
     runtime: str
     """What computes it: `native` (its drafters then run on the C++ kernels too), `torch` or `hf`."""
+
+    highest: Highest | None = None
+    """The runtime's kernel for the tokens that it chooses; None where it has none."""
 
     weight_bytes: int
     """Bytes of weights that every pass reads."""

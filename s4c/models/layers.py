@@ -64,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self._packed: Product | None = None
+        self.packed: Product | None = None
 
     @classmethod
     def of(cls, weight: Tensor) -> Linear:
@@ -76,7 +76,7 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight, packed or not."""
-        return self.weight.detach() if self._packed is None else self._packed.dense()
+        return self.weight.detach() if self.packed is None else self.packed.dense()
 
     def pack(self, dtype: torch.dtype, native: bool = False) -> None:
         """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved.
@@ -89,19 +89,19 @@ class Linear(nn.Module):
         if native:
             from s4c.models.native.linear import NativeLinear
 
-            self._packed = NativeLinear(self.weight, self.bias, dtype)
+            self.packed = NativeLinear(self.weight, self.bias, dtype)
         else:
             self.to(dtype)
             if not packs(dtype, self.weight.device):
                 return
-            self._packed = OneDNNProduct(self.weight.detach(), self.bias)
+            self.packed = OneDNNProduct(self.weight.detach(), self.bias)
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None:
+        if self.packed is None:
             x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
             return F.linear(x, self.weight, self.bias)
-        return self._packed(x)
+        return self.packed(x)
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
-from s4c.models.stack import Rope, stack_class
+from s4c.models.native.rows import native_highest
+from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -103,6 +104,7 @@ class LlamaTarget(Target):
         self.dtype = dtype
         self.device = device
         self.runtime = "native" if native else "torch"
+        self.highest = native_highest if native else None
         self.shape = layer_shape(config)
         loaded = torch.bfloat16 if dtype == torch.int8 else dtype
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device).requires_grad_(False)
@@ -116,6 +118,11 @@ class LlamaTarget(Target):
         self._load(tensors, config.num_hidden_layers, loaded)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
+
+    @property
+    def stack(self) -> Stack:
+        """Its layers and their cache, for what runs the model otherwise than as a target."""
+        return self._stack
 
     def reserve(self, slots: int, length: int) -> None:
         self._stack.reserve(slots, length)

@@ -244,6 +244,11 @@ class TreeBuilder:
         worst_kept = self._path.topk(self.plan.nodes, dim=1).values[:, -1]
         return bool((self._path.gather(1, self.frontier).amax(1) > worst_kept).any())
 
+    @property
+    def confidence(self) -> Tensor:
+        """[B] float32: the highest path probability of a node on the frontier, with the noise that it was drawn by."""
+        return self._path.gather(1, self.frontier).amax(1).exp()
+
     def extend(self, scores: Tensor, token_ids: Tensor | None = None, law: Tensor | None = None) -> None:
         """Add children to every node of the frontier and choose the next frontier.
 

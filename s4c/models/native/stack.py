@@ -43,7 +43,7 @@ class NativeStack(Stack):
         self._kept: dict[int, list[Any]] = {}
         self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
         self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
-        self._stack = CStack(
+        self.c_stack = CStack(
             shape.hidden,
             shape.intermediate,
             shape.heads,
@@ -58,7 +58,7 @@ class NativeStack(Stack):
             CLinear() if self._join is None else self._join.c,
             self._layers,
         )
-        self._cache = CCache(half=int(self._cell != torch.float32))
+        self.c_cache = CCache(half=int(self._cell != torch.float32))
 
     def place(self, index: int, layer: DecoderLayer) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -83,8 +83,8 @@ class NativeStack(Stack):
             grown = old.new_zeros(old.shape[0], slots, old.shape[2], height, *old.shape[4:])
             grown[:, :old_slots, :, : old.shape[3]] = old
             setattr(self, name, grown)
-        self._cache.keys, self._cache.values = self._keys.data_ptr(), self._values.data_ptr()
-        self._cache.slots, self._cache.rows = slots, rows
+        self.c_cache.keys, self.c_cache.values = self._keys.data_ptr(), self._values.data_ptr()
+        self.c_cache.slots, self.c_cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
     def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
@@ -98,8 +98,8 @@ class NativeStack(Stack):
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
         out = torch.empty(batch, count, self._shape.hidden)
         status = library.core().s4c_pass(
-            ctypes.byref(self._stack),
-            ctypes.byref(self._cache),
+            ctypes.byref(self.c_stack),
+            ctypes.byref(self.c_cache),
             x.data_ptr(),
             out.data_ptr(),
             batch,
@@ -116,7 +116,7 @@ class NativeStack(Stack):
         shape, start = self._shape, self.lengths[slot]
         if rows[-1] != len(rows) - 1:
             library.core().s4c_keep(
-                ctypes.byref(self._cache),
+                ctypes.byref(self.c_cache),
                 len(self._layers),
                 shape.kv_heads,
                 shape.head_dim,

@@ -264,9 +264,6 @@ void keep_rows(const Cache& cache, int layers, int heads, int head_dim, int slot
 
 }  // namespace
 
-extern "C" {
-
-// The instruction sets that run here, best first, with commas; into a buffer of `size` bytes.
 void s4c_variants(char* out, int size) {
     std::string names;
     for (const auto& variant : VARIANTS)
@@ -275,7 +272,6 @@ void s4c_variants(char* out, int size) {
     out[size - 1] = 0;
 }
 
-// 0, or -1 where that instruction set is not known or does not run here.
 int s4c_choose(const char* name) {
     std::lock_guard<std::mutex> lock(core().mutex);
     for (const auto& variant : VARIANTS)
@@ -296,9 +292,6 @@ int s4c_threads() {
     return core().threads;
 }
 
-// x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
-// the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
-// where the committed ones end. 0, or -1 where memory ran out.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
              int first_slot, const int32_t* lengths, const int64_t* parents) {
     return guarded([&](Core& c) {
@@ -329,7 +322,6 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
     });
 }
 
-// out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     return guarded([&](Core& c) {
         size_t n = static_cast<size_t>(count);
@@ -342,8 +334,6 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     });
 }
 
-// values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
-// sum of its exponentials; k is from 1 to MOST_TOP and no more than columns. 0, or -1 where memory ran out.
 int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals) {
     return guarded([&](Core& c) {
         auto kernel = c.variant->kernels()->top;
@@ -351,11 +341,16 @@ int s4c_top(const float* x, int count, int columns, int k, float* values, int64_
     });
 }
 
-// Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
+int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                int64_t* indices) {
+    return guarded([&](Core& c) {
+        auto kernel = c.variant->kernels()->highest;
+        c.pool.run([&](Team team) { kernel(x, count, columns, temperatures, noise, values, indices, team); });
+    });
+}
+
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
     std::lock_guard<std::mutex> lock(core().mutex);
     if (cache->half) keep_rows<uint16_t>(*cache, layers, heads, head_dim, slot, start, rows, count);
     else keep_rows<float>(*cache, layers, heads, head_dim, slot, start, rows, count);
 }
-
-}  // extern "C"

@@ -81,10 +81,41 @@ struct Scratch {
     size_t wide_stride, input_stride, score_stride, row_scores;
 };
 
+// Heads that draft one after the other, each a stack with a join and a cache of its own, and the LM head that they share.
+struct Heads {
+    int32_t count, products;      // products: of the LM head, one after the other
+    const Stack* const* stack;    // [count]
+    const Cache* const* cache;    // [count]
+    const Linear* const* lm_head;  // [products]
+    const int64_t* token_ids;     // [outputs of the LM head], the target's token of each
+    const void* embedding;        // [tokens, hidden], bf16 (half = 1) or fp32
+    int32_t half;
+};
+
+// The tree that is wanted: children of a node, levels, nodes with the root. The `expanded` best nodes of a level have
+// children of their own and the best nodes of all are kept (best = 1), or the first node of a level has and all are.
+struct Plan {
+    int32_t best, width, depth, nodes, expanded;
+};
+
+// What the heads have not seen yet, padded to the longest; the root is the last of each.
+struct Round {
+    int32_t batch, longest;
+    const int64_t* tokens;      // [batch, longest]
+    const int32_t* counts;      // [batch]
+    const int32_t* lengths;     // [batch], committed rows of the caches
+    const float* features;      // [batch, longest, hidden], the target's, one position before each token
+    float* carry;               // [batch, count - 1, hidden], of heads at the last committed row: read, and brought up to date
+    const float* temperatures;  // [batch], 0: greedy
+    const float* const* noise;  // [batch, depth], of the tokens of a position; null: none
+};
+
 struct Kernels {
     void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
     void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
     void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
+    void (*highest)(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                    int64_t* indices, Team);
 };
 
 const Kernels* kernels_amx();
@@ -92,3 +123,42 @@ const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
+
+// The interface. What can fail gives -1 where memory ran out.
+extern "C" {
+
+// The instruction sets that run here, best first, with commas; into a buffer of `size` bytes.
+void s4c_variants(char* out, int size);
+
+// 0, or -1 where that instruction set is not known or does not run here.
+int s4c_choose(const char* name);
+
+void s4c_set_threads(int threads);
+int s4c_threads();
+
+// x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
+// the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
+// where the committed ones end.
+int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
+             int first_slot, const int32_t* lengths, const int64_t* parents);
+
+// out [count, outputs] = x [count, inputs] W^T + b.
+int s4c_linear(const Linear* linear, const float* x, int count, float* out);
+
+// values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
+// sum of its exponentials; k is from 1 to MOST_TOP and no more than columns.
+int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals);
+
+// values, indices [count]: where each row of x [count, columns] is highest, divided by its temperature (0: as it is) and with
+// its noise added (null: none); of equals the first, and NaN is above all numbers.
+int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                int64_t* indices);
+
+// Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
+void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
+
+// A tree for each sequence: tokens, parents and paths (log-probabilities) [batch, size] of room for `most` columns; the
+// size, or -1. The rows of the round stand uncommitted in the caches, which have room for them.
+int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path);
+
+}  // extern "C"

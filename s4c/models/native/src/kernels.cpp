@@ -789,7 +789,47 @@ void top(const float* x, int count, int columns, int k, float* values, int64_t* 
     }
 }
 
-constexpr Kernels KERNELS = {pass, linear, top};
+// Where a row is highest, cooled and with noise, and how high: of equals the first, NaN above all.
+void highest_row(const float* x, int columns, float temperature, const float* noise, float* value, int64_t* index) {
+    constexpr int CHUNK = 16 * LANES;
+    float divisor = temperature == 0.0f ? 1.0f : temperature, best = -INFINITY;
+    auto at = [&](int i) { return noise ? x[i] / divisor + noise[i] : x[i] / divisor; };
+    auto some = [&](int i) {
+        vf cooled = div(load(x + i), set1(divisor));
+        return noise ? add(cooled, load(noise + i)) : cooled;
+    };
+    int chunk = 0;
+    vf nothing = zero();
+    for (int begin = 0; begin < columns; begin += CHUNK) {
+        int end = begin + CHUNK < columns ? begin + CHUNK : columns, i = begin;
+        vf most = set1(-INFINITY);
+        for (; i + LANES <= end; i += LANES) {
+            vf values = some(i);
+            most = maximum(most, values);
+            nothing = fma(values, zero(), nothing);
+        }
+        float top = max_lanes(most);
+        for (; i < end; i++) top = at(i) > top ? at(i) : top, nothing = fma(set1(at(i)), zero(), nothing);
+        if (top > best) best = top, chunk = begin;
+    }
+    if (std::isnan(sum_lanes(nothing)))  // of NaN or infinity
+        for (int i = 0; i < columns; i++)
+            if (std::isnan(at(i))) {
+                *value = at(i), *index = i;
+                return;
+            }
+    while (at(chunk) != best) chunk++;
+    *value = best, *index = chunk;
+}
+
+void highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+             int64_t* indices, Team team) {
+    Span rows = share(count, team);
+    for (int r = rows.begin; r < rows.end; r++)
+        highest_row(x + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, temperatures[r], noise[r], values + r, indices + r);
+}
+
+constexpr Kernels KERNELS = {pass, linear, top, highest};
 
 }  // namespace
 
