@@ -147,12 +147,14 @@ def _by_temperature(entries: Sequence[Entry], colours: Mapping[str, int]) -> Pic
 
 
 def _by_nodes(entries: Sequence[Entry]) -> Picture:
-    """A line for each drafter and temperature, over its trees."""
+    """A line for each drafter and temperature that ran with several trees; marks where none did."""
     groups: dict[str, list[Entry]] = {}
     several = len({entry["temperature"] for entry in entries}) > 1
     for entry in entries:
         label = entry["method"].partition("@")[0] + (f", temperature {entry['temperature']:g}" if several else "")
         groups.setdefault(label, []).append(entry)
+    lines = {label: group for label, group in groups.items() if len({entry["nodes"] for entry in group}) > 1}
+    groups = lines or groups
     with mpl.rc_context(STYLE):
         figure, axes = _axes(2.9)
         for number, group in enumerate(groups.values()):
@@ -166,7 +168,7 @@ def _by_nodes(entries: Sequence[Entry]) -> Picture:
                 elinewidth=1.2,
                 capsize=3,
             )
-        axes.set_xlim(0, 1.08 * max(entry["nodes"] for entry in entries))
+        axes.set_xlim(0, 1.08 * max(entry["nodes"] for group in groups.values() for entry in group))
         axes.set_ylim(bottom=min(1, axes.get_ylim()[0]))
         axes.grid()
         axes.set_xlabel("most nodes of a tree, the root included")
@@ -180,15 +182,16 @@ def _round_times(entries: Sequence[Entry]) -> Picture:
     several = len({entry["temperature"] for entry in entries}) > 1
     labels = [_broken(e["method"]) + (f"\nat {e['temperature']:g}" if several else "") for e in entries]
     with mpl.rc_context(STYLE):
-        figure, axes = _axes(0.9 + (0.5 if several else 0.36) * len(entries))
+        lines = max(label.count("\n") + 1 for label in labels)
+        figure, axes = _axes(0.9 + (0.16 + 0.18 * lines) * len(entries))
         left = [0.0] * len(entries)
         for number, step in enumerate(steps):
             widths = [entry["round_ms"][step] for entry in entries]
             axes.barh(range(len(entries)), widths, left=left, height=0.62, color=SERIES[number])
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(range(len(entries)), labels)
+        axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
         axes.grid(axis="x")
         axes.set_xlabel("milliseconds a round")
     legend = list(zip(steps, range(len(steps)), strict=True))

@@ -50,7 +50,8 @@ def label(entry: Entry) -> list[str]:
 def interval(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return NOTHING
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    value, ends = f"{estimate['value']:.2f}", f"[{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return value if ends == f"[{value}, {value}]" else f"{value} {ends}"
 
 
 def number(value: float | None, form: str = ".1f") -> str:
