@@ -399,6 +399,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(
     [
         (["--categories", "qa,sports"], "category 'sports' is not among the questions; there are mt_bench, qa, rag"),
         (["--methods", "ngram,nobody"], "it must be auto, none, shipped, ngram"),
+        (["--methods", ","], "--methods is ','; name at least one, or plain"),
         (["--peers", "hf,nobody"], "it must be one of hf, hf-lookup"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--repeats", "0"], "--repeats is 0"),

@@ -224,6 +224,8 @@ def build_methods(llm: LLM, methods: str, rule: str = "coupled", target_bytes: i
     from s4c.bench.contestants import PLAIN, Method, canonical
 
     names = dict.fromkeys(canonical(spec) for spec in _split(methods))
+    if not names:
+        raise ValueError(f"--methods is {methods!r}; name at least one, or plain")
     plain = Method(llm, PLAIN, "coupled", target_bytes)
     return [plain, *(Method(llm, name, rule, target_bytes) for name in names if name != PLAIN)]
 
