@@ -6,6 +6,7 @@ state right through batches and moves, trains, goes on where it was stopped, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import tiny_models
 import torch
 from test_s4c_drafter import Run
 from tiny_training import VOCAB, TinyTarget, tiny_rows
+from typer.testing import CliRunner
 
 from s4c import LLM, SamplingParams
+from s4c.cli.main import app
 from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, DraftModel, Sequences, TrainingBatch
 from s4c.drafters.checkpoint import load_drafter, load_model, save_checkpoint
@@ -30,9 +33,10 @@ from s4c.verify.tree import TreePlan
 METHODS_UNDER_TEST: dict[str, tuple[dict[str, Any], str]] = {
     "s4c": ({"head_dim": 4, "heads": 2}, "chain:2"),
     "medusa": ({"heads": 2, "layers": 2, "lm_head": "own"}, "chain:2"),
+    "medusa tied": ({"heads": 2, "layers": 3, "lm_head": "tied"}, "chain:2"),
     "draft-model": ({"layers": 2, "width": 32, "heads": 2}, "chain:4"),
 }
-"""Settings, and the tree of the drafter that is overfit."""
+"""Name and perhaps a variant: settings, and the tree of the drafter that is overfit."""
 
 PROMPTS = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50], [7]]
 HOT = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.2, seed=1)
@@ -55,9 +59,14 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return LLM(str(directory), "none", max_batch=4, threads=1)
 
 
+def named(method: str) -> str:
+    """The name in the table."""
+    return method.partition(" ")[0]
+
+
 def model_of(method: str, target: Target, token_ids: torch.Tensor | None = None) -> DraftModel:
     """An untrained model with weights that matter."""
-    line = METHODS[method]
+    line = METHODS[named(method)]
     assert line.config is not None
     assert line.model is not None
     torch.manual_seed(0)
@@ -173,7 +182,7 @@ def families(parents: torch.Tensor) -> Iterator[tuple[int, int, list[int], int]]
 def test_a_checkpoint_comes_back_and_refuses_another_target(llm: LLM, method: str, tmp_path: Path) -> None:
     model = model_of(method, llm.target, torch.arange(0, 64, 2))
     folder = tmp_path / "drafter"
-    save_checkpoint(folder, model, method, llm.target.spec, {}, dtype=torch.float32)
+    save_checkpoint(folder, model, named(method), llm.target.spec, {}, dtype=torch.float32)
     for name, value in load_model(folder, llm.target, METHODS).state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     assert load_drafter(folder, llm.target, METHODS).default_tree == model.drafter(llm.target).default_tree
@@ -185,7 +194,7 @@ def test_a_checkpoint_comes_back_and_refuses_another_target(llm: LLM, method: st
 
 def trainer(method: str, out: Path, steps: int, overfit: bool = False, resume: bool = False) -> Trainer:
     settings, tree = METHODS_UNDER_TEST[method]
-    line, target = METHODS[method], TinyTarget()
+    line, target = METHODS[named(method)], TinyTarget()
     assert line.config is not None
     assert line.model is not None
     rows = tiny_rows(target, 4, answer=24) if overfit else tiny_rows(target, 24)
@@ -204,7 +213,7 @@ def trainer(method: str, out: Path, steps: int, overfit: bool = False, resume: b
         features="fly",
         tree=tree,
     )
-    return Trainer(target, method, model, rows, rows if overfit else rows[:6], config, out, resume=resume)
+    return Trainer(target, named(method), model, rows, rows if overfit else rows[:6], config, out, resume=resume)
 
 
 def test_it_overfits_a_tiny_corpus_to_the_most_that_its_tree_can_give(method: str, tmp_path: Path) -> None:
@@ -230,3 +239,24 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(
     assert trainer(method, tmp_path / "halves", 8, resume=True).fit().standing.step == 8
     last = Path("steps/step-00000008/model.safetensors")
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "halves" / last).read_bytes()
+
+
+def test_the_commands_train_and_use_it(method: str, tmp_path: Path) -> None:
+    target = ["--target", str(tiny_models.save(tmp_path, "llama", tokenizer=True)), "--threads", "1"]
+    rows = [{"prompt_ids": [n, 5, 6], "answer_ids": [7, 8, 9, 7, 8, 9], "temperature": 0.0} for n in range(12)]
+    text, questions = tmp_path / "text.jsonl", tmp_path / "questions.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text('{"question_id": 1, "category": "qa", "turns": ["hello"]}\n')
+    settings = {"draft_vocab": 100, **METHODS_UNDER_TEST[method][0]}
+    chosen = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    drafter = str(tmp_path / "run" / "best")
+    run = ["train", "--method", named(method), "--data", str(text), "--out", str(tmp_path / "run"), "--held-out", "0.3"]
+    for command in (
+        [*run, "--steps", "3", "--cache", str(tmp_path / "features"), *chosen, *target],
+        ["generate", "hello", "--drafter", drafter, "--compare", "--max-new-tokens", "8", *target],
+        ["eval", "--data", str(text), "--drafter", drafter, "--held-out", "1", "--max-new-tokens", "8", *target],
+        ["bench", "--questions", str(questions), "--methods", drafter, "--max-new-tokens", "8", *target],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "features").exists()

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from test_rules import random_tree
+from typer.testing import CliRunner
 from verify_oracles import (
     Text,
     committed,
@@ -28,6 +29,7 @@ from verify_oracles import (
 )
 
 from s4c import LLM, SamplingParams
+from s4c.cli.main import app
 from s4c.types import DraftTree
 from s4c.verify import rules
 from s4c.verify.rules import coupled
@@ -142,3 +144,19 @@ def test_it_is_marked_and_the_lossless_rules_do_not_know_it(tmp_path: Path) -> N
     params = SamplingParams(max_new_tokens=20, temperature=2.0, ignore_eos=True)
     stats = llm.generate([4, 5, 6, 4, 5], params).stats
     assert stats.rule == stats.as_dict()["rule"] == "typical (lossy)"
+
+
+def test_the_commands_show_the_mark(tmp_path: Path) -> None:
+    target = tiny_models.save(tmp_path, "llama", tokenizer=True)
+    common = ["--target", str(target), "--threads", "1", "--rule", "typical", "--max-new-tokens", "24"]
+    asked = ["generate", "abab", *common, "--drafter", "ngram", "--temperature", "3"]
+    done = CliRunner().invoke(app, asked)
+    assert "rule typical (lossy)" in done.stderr
+    compared = CliRunner().invoke(app, [*asked, "--compare"])
+    assert compared.exit_code == 0
+    assert "the rule typical (lossy) is lossy and promises nothing" in compared.stdout
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "category": "qa", "turns": ["abab"]}\n')
+    bench = CliRunner().invoke(app, ["bench", *common, "--questions", str(questions), "--methods", "ngram"])
+    assert "rule: typical (lossy)" in bench.stdout
+    assert "LOSSY" in CliRunner().invoke(app, ["generate", "--help"]).stdout

@@ -155,6 +155,7 @@ def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, A
         llm.plan,
         llm.target.spec.vocab_size,
         device=llm.target.device,
+        target=llm.target,
     )
     return {"mean_acceptance_length": result.mean_acceptance_length, "rounds": result.rounds, "rows": len(greedy)}
 

@@ -54,6 +54,9 @@ class Drafter(ABC):
     default_tree: str
     """The tree that `--tree auto` stands for, as `TreePlan.parse` reads it."""
 
+    probes: bool = False
+    """Whether its trees hold probes, so that only passes of the target tell what it would draft."""
+
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` tokens each; what is held stays."""
 
@@ -101,12 +104,14 @@ class Prediction:
         features: [B, T, d], the head's guess of the target's feature at position t + offset - 1, or None
             where the method guesses none.
         offset: how far ahead of its position a prediction looks.
+        made: [B, T] bool, the positions at which there is a prediction; None for all of them.
     """
 
     hidden: Tensor
     logits: Callable[[Tensor], Tensor]
     features: Tensor | None
     offset: int
+    made: Tensor | None = None
 
 
 class DraftModel(nn.Module, ABC):

@@ -28,6 +28,7 @@ class CombinedDrafter(Drafter):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
+        self.probes = first.probes or second.probes
         self._second_plan = TreePlan.parse(second.default_tree)
 
     def reserve(self, slots: int, length: int) -> None:
@@ -42,10 +43,12 @@ class CombinedDrafter(Drafter):
         plan = sequences.plan
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
         found = int(beside.candidate.sum(1).max())
-        tree = self.first.propose(replace(sequences, plan=plan.leaving(min(found, plan.nodes // 2))))
+        left = plan.leaving(min(found, plan.nodes // 2))
+        tree = self.first.propose(replace(sequences, plan=left))
         if bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
             return tree
-        return merge(tree, beside, plan.nodes if plan.kind == "best" else tree.size + found)
+        probes = max(0, tree.size - left.nodes)
+        return merge(tree, beside, plan.nodes + probes if plan.kind == "best" else tree.size + found)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         self.first.commit(tree, verdict, output)

@@ -10,7 +10,8 @@ another drafter guessed) are read with the next root. So every token is read onc
 
 With `stop=P` drafting ends where no path is more probable than P: the paper's draft length is fixed, but the chance
 that a longer one is of use is known. Whether a level is drafted depends on the levels above it alone, so that what is
-drawn there is still a draw from the drafter's law, and either rule stays lossless.
+drawn there is still a draw from the drafter's law, and either rule stays lossless. A batch stops when none of its
+sequences is sure.
 """
 
 from __future__ import annotations

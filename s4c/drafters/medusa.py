@@ -157,7 +157,7 @@ class MedusaDrafter(Drafter):
         self._features: dict[int, Tensor] = {}
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._features[slot] = F.pad(features.float(), (0, 0, 1, 0))[-1]
+        self._features[slot] = F.pad(features[-1:].float(), (0, 0, 1, 0))[-1]
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
@@ -171,7 +171,7 @@ class MedusaDrafter(Drafter):
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         for slot, (path, accepted) in enumerate(zip(verdict.path.tolist(), verdict.accepted.tolist(), strict=True)):
-            self._features[slot] = output.features[slot, path[accepted]].float()
+            self._features[slot] = output.features[slot, path[accepted]].float().clone()
 
     def move(self, source: int, destination: int) -> None:
         self._features[destination] = self._features.pop(source)

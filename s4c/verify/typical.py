@@ -13,6 +13,8 @@ name shows the word.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def typical_nodes(law: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
         law: [B, N, V] float32, log-probabilities after each node.
     """
     entropy = -(law.exp() * law.clamp(min=torch.finfo(law.dtype).min)).sum(-1)
-    threshold = torch.minimum(torch.full_like(entropy, EPSILON).log(), torch.tensor(DELTA).log() - entropy)
+    threshold = (math.log(DELTA) - entropy).clamp(max=math.log(EPSILON))
     parents = tree.parents.clamp(min=0)
     tokens = tree.tokens.where(tree.candidate, 0)
     log_p = law.flatten(1).gather(1, parents * law.shape[-1] + tokens)

@@ -115,11 +115,11 @@ struct Model {
         cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
     }
 
-    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0) const {
+    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0, const uint8_t* adapted = nullptr) const {
         Floats out(x.size());
         int count = static_cast<int>(x.size()) / shape.hidden / batch;
         CHECK(parents.size() == static_cast<size_t>(batch * (pending + count)));
-        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data()) == 0);
+        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data(), adapted) == 0);
         return out;
     }
 
@@ -264,6 +264,31 @@ void the_highest_is_found(int columns, unsigned seed) {
         }
 }
 
+// Low-rank terms act at the rows that are named: a row gets the same with and without them where they are not on its path.
+void terms_act_at_their_rows_alone(int kind, unsigned seed) {
+    constexpr int RANK = 3;
+    Model model(kind, {33, 47, 8, 1, 20, false, true}, seed);
+    std::vector<Floats> kept;
+    std::vector<LowRank> terms(4 * Model::LAYERS);
+    for (size_t l = 0; l < Model::LAYERS; l++) {
+        Layer& layer = model.layers[l];
+        size_t at = 4 * l;
+        for (Linear* linear : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
+            kept.push_back(noise(static_cast<size_t>(RANK * linear->inputs), seed));
+            kept.push_back(noise(RANK * up(linear->outputs, 16), seed + 1));
+            terms[at] = {RANK, kept[kept.size() - 2].data(), kept.back().data()};
+            linear->low_rank = &terms[at++];
+        }
+    }
+    Floats x = noise(6 * 33, seed);
+    const Parents parents{-1, 0, 1, 0, 3, 0};
+    const uint8_t adapted[] = {0, 0, 1, 0, 1, 1};
+    Floats plain = model.run(x, 1, 0, parents), with = model.run(x, 1, 0, parents, 0, adapted);
+    for (size_t r = 0; r < 6; r++) CHECK(same(model.row(plain, r), model.row(with, r)) == !adapted[r]);
+    Floats path(x.begin(), x.begin() + 3 * 33);
+    CHECK(same(model.row(model.run(path, 1, 0, {-1, 0, 1}, 0, adapted), 2), model.row(with, 2)));
+}
+
 // Callers at once, while the pool changes its size.
 void callers_take_turns(int kind) {
     const Shape shape{20, 30, 4, 2, 8, false, false};
@@ -296,6 +321,7 @@ void check(const std::string& name) {
             speculative_is_plain(kind, {33, 47, 8, 1, 20, false, true}, 21, 13, seed++);
             speculative_is_plain(kind, {64, 96, 5, 5, 80, false, false}, 64, 6, seed++);
             speculative_is_plain(kind, {1, 1, 1, 1, 2, false, false}, 3, 1, seed++);
+            terms_act_at_their_rows_alone(kind, seed++);
         }
         callers_take_turns(kind);
         drafts_know_no_other_sequence(kind, true, 4, 300);

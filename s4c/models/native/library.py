@@ -18,6 +18,12 @@ import torch
 SWITCH = "S4C_NATIVE"
 
 
+class CLowRank(Structure):
+    """`LowRank` of core.h."""
+
+    _fields_ = [("rank", c_int32), ("down", c_void_p), ("up", c_void_p)]
+
+
 class CLinear(Structure):
     """`Linear` of core.h."""
 
@@ -30,6 +36,7 @@ class CLinear(Structure):
         ("scale", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
+        ("low_rank", POINTER(CLowRank)),
     ]
 
 
@@ -124,7 +131,7 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_linear.argtypes = [POINTER(CLinear), c_void_p, c_int, c_void_p]
     core.s4c_top.argtypes = [c_void_p, *[c_int] * 3, *[c_void_p] * 3]
     core.s4c_highest.argtypes = [c_void_p, *[c_int] * 2, *[c_void_p] * 4]
-    core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 2]
+    core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 3]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
     core.s4c_draft.argtypes = [POINTER(CHeads), POINTER(CPlan), POINTER(CRound), c_int, *[c_void_p] * 3]
     names = _names(core)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s4c.models.adapter import PRODUCTS, AdaptedRows, Adapter
 from s4c.models.cache import ROWS_PER_GROWTH
 from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm
 from s4c.models.native import library
 from s4c.models.native.library import CCache, CLayer, CLinear, CStack
-from s4c.models.native.linear import BLOCK, NativeLinear
+from s4c.models.native.linear import BLOCK, NativeLinear, NativeLowRank
 from s4c.models.stack import Rope, Stack
 
 
@@ -41,6 +42,8 @@ class NativeStack(Stack):
         self._join_norm = None if join is None else join.norm.weight.data.float().contiguous()
         self._join = None if join is None else NativeLinear(join.linear.weight, join.linear.bias, dtype)
         self._kept: dict[int, list[Any]] = {}
+        self._adapter: Adapter | None = None
+        self._terms: list[NativeLowRank] = []
         self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
         self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
         self.c_stack = CStack(
@@ -87,7 +90,9 @@ class NativeStack(Stack):
         self.c_cache.slots, self.c_cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
-    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(
+        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+    ) -> Tensor:
         batch, count, width = x.shape
         slots = slice(first_slot, first_slot + batch)
         self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
@@ -96,6 +101,7 @@ class NativeStack(Stack):
         assert parents.shape == (batch, pending + count)
         assert parents.dtype == torch.int64
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
+        rows = None if adapted is None else self._adapt(adapted)
         out = torch.empty(batch, count, self._shape.hidden)
         status = library.core().s4c_pass(
             ctypes.byref(self.c_stack),
@@ -108,9 +114,25 @@ class NativeStack(Stack):
             first_slot,
             lengths,
             parents.data_ptr(),
+            None if rows is None else rows.data_ptr(),
         )
         library.check(status)
         return out
+
+    def _adapt(self, adapted: AdaptedRows) -> Tensor:
+        """[B, N] uint8, where the low-rank terms act; those of another adapter are taken away."""
+        if adapted.adapter is not self._adapter:
+            self._adapter = adapted.adapter
+            terms = [
+                {name: NativeLowRank(term, name == "gate_up") for name, term in layer.items()}
+                for layer in adapted.adapter.layers
+            ]
+            for index, layer in enumerate(self._layers):
+                for name in PRODUCTS:
+                    pointer = ctypes.pointer(terms[index][name].c) if terms else None
+                    getattr(layer, name).low_rank = pointer
+            self._terms = [term for layer in terms for term in layer.values()]
+        return adapted.rows.to(torch.uint8).contiguous()
 
     def keep(self, slot: int, rows: list[int]) -> None:
         shape, start = self._shape, self.lengths[slot]

@@ -184,7 +184,7 @@ struct Core {
     Pool pool;
     int threads = 1;
     const Variant* variant = nullptr;
-    Buffer x, wide, inputs, scales, context, angles, scores;
+    Buffer x, wide, inputs, scales, context, angles, scores, inner;
     std::vector<int32_t> slot, prefix, path_start, path;
 };
 
@@ -293,16 +293,19 @@ int s4c_threads() {
 }
 
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents) {
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted) {
     return guarded([&](Core& c) {
         read_rows(c, batch, count, pending, first_slot, lengths, parents);
         size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
         size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
         size_t widest = qkv;
         for (size_t size : {stack->join_norm ? 2 * hidden : hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
-        size_t input = 0;
+        size_t input = 0, rank = 0;
         const Layer& first = *stack->layer;
-        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) input = std::max(input, input_bytes(*linear));
+        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) {
+            input = std::max(input, input_bytes(*linear));
+            if (adapted && linear->low_rank) rank = std::max(rank, static_cast<size_t>(linear->low_rank->rank));
+        }
         if (stack->join_norm) input = std::max(input, input_bytes(stack->join));
         Scratch s;
         s.wide_stride = round_up(widest, 16) + 16;
@@ -316,6 +319,9 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         s.context = c.context.get<float>(n * s.wide_stride);
         s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
         s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
+        s.adapted = adapted;
+        s.inner_stride = rank;
+        s.inner = c.inner.get<float>(n * rank);
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
         auto kernel = c.variant->kernels()->pass;
         c.pool.run([&](Team team) { kernel(*stack, *cache, rows, x, s, out, team); });

@@ -5,6 +5,13 @@
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
+// (x A^T) B^T in fp32, what an adapter adds to a product at the rows that a pass names.
+struct LowRank {
+    int32_t rank;
+    const float* down;  // A, [rank, inputs]
+    const float* up;    // B transposed, [rank, outputs padded to 16], in the order of the product's blocks
+};
+
 // y = x W^T + b. W is stored in blocks of 16 outputs, [outputs / 16][inputs / P][16][P], P = 1, 2, 4 inputs of a
 // kind side by side, padded with zeros to whole blocks and to `padded` inputs.
 struct Linear {
@@ -16,6 +23,7 @@ struct Linear {
     const float* scale;   // int8: of each output
     const int32_t* sums;  // int8: of the weights of each output
     const float* bias;    // or null
+    const LowRank* low_rank;  // or null
 };
 
 struct Layer {
@@ -78,7 +86,9 @@ struct Scratch {
     float* context;   // [count, wide_stride], attention's or the MLP's
     float* angles;    // [count, head_dim], cosines and sines
     float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], then as many sums of values
-    size_t wide_stride, input_stride, score_stride, row_scores;
+    const uint8_t* adapted;  // [count], whether a row has low-rank terms; or null
+    float* inner;            // [count, inner_stride], x A^T of the product at hand
+    size_t wide_stride, input_stride, score_stride, row_scores, inner_stride;
 };
 
 // Heads that draft one after the other, each a stack with a join and a cache of its own, and the LM head that they share.
@@ -138,9 +148,9 @@ int s4c_threads();
 
 // x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
 // the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
-// where the committed ones end.
+// where the committed ones end. adapted [batch * count]: whether a row has low-rank terms; or null.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents);
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted);
 
 // out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out);

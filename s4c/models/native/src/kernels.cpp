@@ -76,7 +76,21 @@ inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
     return top / 127.0f;
 }
 
-// Turns fp32 rows into what the product reads.
+// The low-rank term of a product at a row; null where it has none.
+inline const LowRank* term_of(const Linear& linear, int row, const Scratch& s) {
+    return s.adapted && s.adapted[row] ? linear.low_rank : nullptr;
+}
+
+float dot(const float* a, const float* b, int size) {
+    vf sums = zero();
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) sums = fma(load(a + i), load(b + i), sums);
+    float sum = sum_lanes(sums);
+    for (; i < size; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Turns fp32 rows into what the product reads, and what its low-rank term reads.
 void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
     char* out = static_cast<char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
     if (linear.kind == FLOAT32) {
@@ -85,6 +99,11 @@ void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
         to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<uint16_t*>(out));
     } else {
         s.scales[row] = to_int8_row(x, linear.inputs, linear.padded, reinterpret_cast<int8_t*>(out));
+    }
+    if (const LowRank* term = term_of(linear, row, s)) {
+        float* inner = s.inner + s.inner_stride * static_cast<size_t>(row);
+        for (int j = 0; j < term->rank; j++)
+            inner[j] = dot(term->down + static_cast<size_t>(linear.inputs) * static_cast<size_t>(j), x, linear.inputs);
     }
 }
 
@@ -249,15 +268,21 @@ enum class Into { SET, ADD, SWIGLU };
 
 inline vf silu(vf x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
 
-// Scale, bias, and where the sums of one row go.
+// Scale, bias, low-rank term, and where the sums of one row go.
 inline void finish(const Linear& linear, const float* sums, int row, int first_block, int blocks, const Scratch& s, Into into,
                    float* y) {
+    const LowRank* term = term_of(linear, row, s);
     auto output = [&](int b) {
         const float* at = sums + b * BLOCK;
         int first = (first_block + b) * BLOCK;
         vf value = linear.kind == INT8 ? mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + first)))
                                        : load(at);
-        return linear.bias ? add(value, load(linear.bias + first)) : value;
+        if (linear.bias) value = add(value, load(linear.bias + first));
+        for (int j = 0; term && j < term->rank; j++) {
+            float inner = s.inner[s.inner_stride * static_cast<size_t>(row) + static_cast<size_t>(j)];
+            value = fma(load(term->up + static_cast<size_t>(padded(linear.outputs)) * static_cast<size_t>(j) + first), set1(inner), value);
+        }
+        return value;
     };
     if (into == Into::SWIGLU) {
         for (int b = 0; b < blocks; b += 2) store(y + (first_block + b) / 2 * BLOCK, mul(silu(output(b)), output(b + 1)));
