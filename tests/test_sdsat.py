@@ -429,7 +429,7 @@ def test_the_loss_is_over_the_guesses_of_the_groups_alone(target: Any) -> None:
                 about = at + head.offset
                 assert at >= len(row.prompt_ids) - 1
                 if about < len(row):
-                    log_q = head.logits(head.hidden[b, at]).log_softmax(-1)
+                    log_q = head.logits(head.hidden[b, at]).log_softmax(-1).detach()
                     p = (features[b][about - 1] @ target.head_weight().T).softmax(-1)
                     truth.append(-float(log_q[row.tokens[about]]))
                     teacher.append(-float(p @ log_q))

@@ -126,14 +126,15 @@ class SDSATModel(DraftModel):
 
     def adapter(self) -> Adapter:
         """A copy of the present weights, as a target takes them."""
+
+        def taken(weight: Tensor) -> Tensor:
+            return weight.detach().to(self._target.device, torch.float32, copy=True)
+
         layers = [
-            {
-                name: LowRank(*(p[i].detach().float().clone() for p in (self.down[name], self.up[name])))
-                for name in PRODUCTS
-            }
+            {name: LowRank(taken(self.down[name][i]), taken(self.up[name][i])) for name in PRODUCTS}
             for i in range(self._target.layers if self.config.rank else 0)
         ]
-        return Adapter(self.embeddings.detach().float().clone(), layers)
+        return Adapter(taken(self.embeddings), layers)
 
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> SDSATDrafter:
         return SDSATDrafter(self.config, self.adapter(), target)
