@@ -50,7 +50,7 @@ class BuildCore(build_ext):
                         raise
                     continue
                 built.append(f"-DS4C_WITH_{name.upper()}")
-        objects += self._compile("core.cpp", "core", built)
+        objects += self._compile("core.cpp", "core", built) + self._compile("draft.cpp", "draft", [])
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
         )

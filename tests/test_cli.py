@@ -85,7 +85,7 @@ def test_the_package_gives_its_face_when_asked() -> None:
         (["generate", "x", "--temperature", "-1"], 2, "temperature is -1.0; it must be"),
         (["generate", "x", "--top-p", "0"], 2, "top_p is 0.0; it must be"),
         (["generate", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be"),
-        (["generate", "x", "--threads", "0"], 2, "threads is 0; it must be at least 1"),
+        (["generate", "x", "--threads", "0"], 2, "threads is 0; it must be from 1 to"),
         (["generate", "x", "--tree", "bush:3"], 2, "tree 'bush:3' is not known; it must be comb:K"),
         (["generate", "x", "--rule", "luck"], 2, "must be one of coupled, rejection"),
         (["generate", "x", "--drafter", "nobody"], 2, "it must be auto, none, shipped, ngram"),

@@ -348,7 +348,8 @@ def test_an_empty_prompt_is_refused(chatty: LLM) -> None:
         ({"tree": "star:3"}, "comb:K"),
         ({"rule": "majority"}, "coupled, rejection"),
         ({"max_batch": 0}, "max_batch"),
-        ({"threads": 0}, "threads"),
+        ({"threads": 0}, "threads is 0; it must be from 1 to"),
+        ({"threads": 100_000}, "threads is 100000; it must be from 1 to"),
     ],
 )
 def test_bad_settings_name_what_there_is(llm: LLM, arguments: dict[str, Any], message: str) -> None:

@@ -45,7 +45,7 @@ def test_a_room_uses_only_the_rooms_before_it(path: Path) -> None:
 
 
 def test_no_room_but_the_table_names_a_method() -> None:
-    methods = {"s4c", "ngram"}
+    methods = {"s4c", "ngram", "medusa", "draft_model", "sdsat"}
     for path in FILES:
         if room(path) == "drafters":
             continue

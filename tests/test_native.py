@@ -30,8 +30,9 @@ from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
 from s4c.models.loading import choose_runtime, load_config, load_target
 from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear
-from s4c.models.native.rows import native_top_and_total
+from s4c.models.native.rows import native_highest, native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
+from s4c.verify.scores import highest
 
 SETS = library.instruction_sets() if library.problem() is None else []
 SIZES = (1, 7, 16, 17, 33, 80, 576)
@@ -240,7 +241,8 @@ def test_the_layers_are_those_of_torch(shape: LayerShape, options: dict[str, Any
             with computing(name):
                 features = torch.cat([prefill(stack, 0, x, [75]), stack.run(nodes, tree)[0]])
             error = (features - expected).norm() / expected.norm()
-            assert error < bound, (dtype, name)
+            # A single number averages no rounding away.
+            assert error < (2 * bound if shape.hidden == 1 else bound), (dtype, name)
 
 
 # ------------------------------------------------------------------------------ the layers, against themselves, bitwise
@@ -539,3 +541,24 @@ def test_the_top_of_rows_is_that_of_torch(name: str, columns: int) -> None:
         assert bool(((index >= 0) & (index < columns)).all())
         assert torch.allclose(total[:3], scores[:3].logsumexp(-1, keepdim=True), atol=2e-6, rtol=2e-6)
         assert not bool(total[3].isfinite())
+
+
+@each_set
+@pytest.mark.parametrize("columns", [1, 15, 16, 255, 257, 1000, 49152])
+def test_the_highest_of_rows_is_that_of_torch(name: str, columns: int) -> None:
+    logits = 4 * random(9, columns, seed=columns)
+    logits[1] = -torch.inf
+    logits[2, columns // 2] = torch.nan
+    logits[3, -1] = torch.inf
+    logits[4] = 1.5  # of equals the first
+    logits[5, : columns // 2] = -torch.inf
+    temperatures = [0.0, 0.7, 0.0, 1.3, 0.0, 1e-6, 0.0, 1.0, 3.0]
+    noise = [None if t == 0 else random(columns, seed=row) for row, t in enumerate(temperatures)]
+    expected = torch.stack(
+        [row if g is None else row / t + g for row, t, g in zip(logits, temperatures, noise, strict=True)]
+    )
+    with computing(name, threads=2):
+        value, index = native_highest(logits, temperatures, noise)
+    best, where = highest(expected)
+    assert torch.equal(index, where)
+    assert torch.equal(value.nan_to_num(nan=7.0), best.nan_to_num(nan=7.0))

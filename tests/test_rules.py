@@ -43,7 +43,7 @@ from verify_oracles import (
 
 from s4c.errors import BadLogits
 from s4c.types import DraftTree, SamplingParams, TargetOutput
-from s4c.verify.rules import RULES, coupled, follow, rejection, rule_named, token_positions
+from s4c.verify.rules import RULES, coupled, follow, rejection, rule_named
 from s4c.verify.scores import DRAFT_STREAM, Scores
 from s4c.verify.tree import TreePlan, depths, from_paths, root_only
 
@@ -81,8 +81,8 @@ def test_positions_follow_the_committed_text() -> None:
         torch.zeros(2, dtype=torch.bool),
     )
     scores = scores_of([SamplingParams()] * 2, [[1, 2, 3], [1]], [1, 1], 4)
-    assert token_positions(tree, scores).tolist() == [[3, 4, 5], [1, 2, 2]]
-    assert token_positions(root_only(torch.tensor([0, 0])), scores).tolist() == [[3], [1]]
+    assert scores.positions_after(tree).tolist() == [[3, 4, 5], [1, 2, 2]]
+    assert scores.positions_after(root_only(torch.tensor([0, 0]))).tolist() == [[3], [1]]
 
 
 def random_tree(texts: list[list[int]], size: int, vocab: int, rng: random.Random) -> DraftTree:

@@ -14,6 +14,7 @@ from s4c.drafters import s4c as module
 from s4c.drafters.base import Sequences, TrainingBatch
 from s4c.drafters.s4c import S4CConfig, S4CDrafter, S4CModel
 from s4c.models.loading import load_target
+from s4c.models.native import library
 from s4c.types import SamplingParams
 from s4c.verify.rules import coupled
 from s4c.verify.scores import NoiseTable, Scores
@@ -51,8 +52,9 @@ class Run:
             self.features.append(target.prefill(slot, tokens))
             drafter.prefill(slot, tokens, self.features[-1])
 
-    def propose(self) -> Any:
-        scores = Scores([SamplingParams()] * len(self.tokens), self.tokens, self.lengths, self.noise)
+    def propose(self, temperature: float = 0.0) -> Any:
+        params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(len(self.tokens))]
+        scores = Scores(params, self.tokens, self.lengths, self.noise)
         roots = torch.tensor([line[-1] for line in self.tokens])
         positions = torch.tensor([len(line) - 1 for line in self.tokens])
         sequences = Sequences(self.tokens, roots, positions, scores, False, self.plan)
@@ -147,6 +149,35 @@ def test_accepted_features_feed_the_next_draft(target: Any) -> None:
     _, fresh = Run(target, drafter_of(target)[1], lines, "best:60x3").propose()
     assert torch.equal(going_on.tokens, fresh.tokens)
     assert torch.equal(going_on.parents, fresh.parents)
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="needs the native runtime")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4"])
+@pytest.mark.parametrize("config", [{}, {"heads": 1}, {"heads": 4, "lm_head": "low-rank", "rank": 8}], ids=str)
+def test_a_draft_in_one_call_is_the_draft_level_by_level(
+    target: Any, config: dict[str, Any], plan: str, temperature: float
+) -> None:
+    at_once, by_level = (Run(target, drafter_of(target, **config)[1], PROMPTS, plan) for _ in range(2))
+    by_level.drafter._native = None
+    assert at_once.drafter._native is not None
+    for _ in range(5):
+        (scores, tree), (_, expected) = at_once.propose(temperature), by_level.propose(temperature)
+        assert torch.equal(tree.tokens, expected.tokens)
+        assert torch.equal(tree.parents, expected.parents)
+        assert torch.equal(tree.candidate, expected.candidate)
+        for run in (at_once, by_level):
+            for slot in range(len(PROMPTS)):
+                assert run.drafter._slots[slot].tokens == []
+        for slot, state in at_once.drafter._slots.items():
+            assert torch.equal(state.carry, by_level.drafter._slots[slot].carry)
+        output = target.verify(tree)
+        verdict = coupled(tree, output, scores)
+        target.commit(verdict)
+        for run in (at_once, by_level):
+            run.drafter.commit(tree, verdict, output)
+            for slot, count in enumerate(verdict.accepted.tolist()):
+                run.tokens[slot] += verdict.tokens[slot, : count + 1].tolist()
 
 
 def test_a_slot_can_move(target: Any) -> None:

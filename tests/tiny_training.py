@@ -138,7 +138,7 @@ class TinyDrafter(Drafter):
 
 METHODS = {
     "tiny": Method("tiny", config=TinyConfig, model=TinyModel),
-    "untrained": Method("untrained", create=lambda target: None),
+    "untrained": Method("untrained", create=lambda target, argument: None),
 }
 
 

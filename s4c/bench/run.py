@@ -1,207 +1,313 @@
 """Methods side by side: the same questions, one after the other, in one run.
 
-Each question is answered by every method before the next one is asked, in an order that changes from question
-to question, so that what else the machine does falls on all of them. The answers of a lossless method must be
-those of plain decoding: identical on the native runtime, and elsewhere identical up to a tie, two tokens whose
-scores lie within `TIE` of each other; everything else is an error.
+Every turn of a question is answered by every contestant before the next one is asked, in a seeded order that changes
+from turn to turn, so that what else the machine does falls on all of them. The conversation goes on with plain
+decoding's answer, so all read the same prompts.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import torch
-
+from s4c.bench.contestants import PLAIN, Contestant, Method, Reply, counted
+from s4c.bench.equality import Judge
+from s4c.bench.machine import OtherWork
 from s4c.bench.questions import Question
-from s4c.drafters.base import Drafter
-from s4c.engine.llm import LLM, choose_drafter
+from s4c.engine.llm import LLM
+from s4c.errors import BadLogits
 from s4c.types import SamplingParams
-from s4c.verify.scores import NoiseTable, Scores
-from s4c.verify.tree import root_only
 
-PLAIN = "none"
-TIE = {torch.float32: 1e-4, torch.bfloat16: 1.0, torch.float16: 0.1}
-"""Two scores no further apart than this may change places with the order of a sum, where that order may change."""
-PEER = "transformers"
+WARM_UP_TOKENS = 16
+NOT_ASKED = "not asked"
+SINGLY = f"{PLAIN}, one by one"
+
+
+class Key(NamedTuple):
+    """Which answer it is: unique in a run."""
+
+    question: str
+    turn: int
+    temperature: float
+    repeat: int
+    method: str
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One method's answer to one question.
+class Row:
+    """One contestant's answer to one turn of a question.
 
     Attributes:
-        seconds: prefill and decoding; decode_seconds: without the prefill, where it is told apart.
-        rounds: target passes after the prefill.
-        equal: against plain decoding: `identical`, `tie: ...` or `different: ...`; empty for plain decoding.
+        turn, repeat: counted from 0.
+        prefill_seconds, decode_seconds, decode_tokens, histogram, steps, memory: as in `Reply`; in batches no seconds.
+        others: mean number of cores that other processes kept busy meanwhile.
+        equal: against plain decoding: `identical`, `tie: ...`, `different: ...`, or `not asked`; empty for plain
+            decoding itself.
+        error: why there is no answer.
     """
 
     question: str
     category: str
+    turn: int
+    temperature: float
+    repeat: int
     method: str
-    token_ids: list[int]
-    seconds: float
-    decode_seconds: float
-    rounds: int
+    prompt_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    histogram: Sequence[int] | None = None
+    steps: Mapping[str, float] | None = None
+    memory: int | None = None
+    others: float = 0.0
     equal: str = ""
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.question, self.turn, self.temperature, self.repeat, self.method)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt that all contestants answer."""
+
+    question: Question
+    number: int
+    temperature: float
+    repeat: int
+    prompt: list[int]
+
+    def row(self, method: str) -> Row:
+        return Row(
+            self.question.name,
+            self.question.category,
+            self.number,
+            self.temperature,
+            self.repeat,
+            method,
+            prompt_tokens=len(self.prompt),
+        )
+
+    def key(self, method: str) -> Key:
+        return self.row(method).key
 
 
 class Bench:
-    """Methods that share one loaded target.
+    """Contestants that answer the same questions.
 
     Args:
-        llm: the target.
-        methods: names or checkpoints of drafters, each perhaps with a tree: `none`, `auto`, `auto@best:16`.
-        params: how all of them decode.
-        peer: transformers' own `generate`, if it is to run too: prompt and most new tokens to output tokens.
+        llm: the target, whose chat template asks and whose plain decoding is the measure of equality.
+        contestants: the one named `plain` among them.
+        params: how all of them decode, but for the temperature.
+        temperatures: of the run; a contestant with one of its own adds it, for plain decoding too.
+        turns: most turns of a question.
+        repeats: how often everything is asked.
+        seed: of the order of the contestants.
+        done: rows of an earlier part of this run, which are not asked again.
     """
 
     def __init__(
         self,
         llm: LLM,
-        methods: Sequence[str],
+        contestants: Sequence[Contestant],
         params: SamplingParams,
-        peer: Callable[[list[int], int], list[int]] | None = None,
+        temperatures: Sequence[float] = (0.0,),
+        turns: int = 1,
+        repeats: int = 1,
+        seed: int = 0,
+        done: Sequence[Row] = (),
     ) -> None:
-        self.llm = llm
-        self.params = params
-        self.peer = peer
-        self.methods: dict[str, tuple[Drafter, str]] = {}
-        for method in dict.fromkeys([PLAIN, *methods]):
-            name, _, tree = method.partition("@")
-            self.methods[method] = (choose_drafter(name, llm.target), tree or "auto")
+        assert PLAIN in [c.name for c in contestants]
+        own = [c.temperature for c in contestants if c.temperature is not None]
+        self.llm, self.contestants, self.params = llm, list(contestants), params
+        self._common = list(temperatures)
+        self.temperatures = list(dict.fromkeys([*temperatures, *own]))
+        self.turns, self.repeats, self.seed = turns, repeats, seed
+        self.done = {row.key: row for row in done if row.error is None}
+        self.judge = Judge(llm.target)
+        self.dead: set[str] = set()
 
-    def run(self, questions: Iterable[Question], seed: int = 0) -> Iterator[Answer]:
-        """Ask every question; the first one twice, for the first time does not count."""
-        order = random.Random(seed)
-        names = [*self.methods, *([PEER] if self.peer else [])]
-        warm = True
+    def answers(self, questions: Sequence[Question], singly: bool = False) -> int:
+        """The number of answers that the questions will get, unless a contestant dies or the context ends."""
+        turns = sum(min(self.turns, len(question.turns)) for question in questions)
+        return turns * self.repeats * sum(len(self._taking_part(t)) + singly for t in self.temperatures)
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """See that every first turn fits.
+
+        Raises:
+            ValueError: there are no questions, or one has no room in the context.
+        """
+        if not questions:
+            raise ValueError("no questions are left to ask; see --categories, --sample and --limit")
+        most = self.llm.target.spec.context_length
         for question in questions:
-            prompt = self.prompt(question)
-            if warm:
-                for name in names:
-                    self._answer(name, question, prompt, replace(self.params, max_new_tokens=16))
-                warm = False
-            answers = {n: self._answer(n, question, prompt, self.params) for n in order.sample(names, len(names))}
-            plain = answers[PLAIN].token_ids
-            for name, answer in answers.items():
-                verdict = "" if name == PLAIN else self.compare(prompt, plain, answer.token_ids, name)
-                yield replace(answer, equal=verdict)
+            length = len(self.prompt([*question.before, _said("user", question.turns[0])]))
+            if length >= most:
+                raise ValueError(
+                    f"question {question.name} has {length} tokens; the context of {self.llm.target.spec.name} holds "
+                    f"{most}; leave it out"
+                )
 
-    def batch(self, questions: Sequence[Question], method: str) -> list[Answer]:
-        """One method's answers, decoded in batches; the seconds are those of the whole."""
-        drafter, tree = self.methods[method]
-        self.llm.use(drafter, tree)
-        started = time.perf_counter()
-        outcomes = self.llm.generate([self.prompt(question) for question in questions], self.params)
-        seconds = time.perf_counter() - started
-        return [
-            Answer(q.name, q.category, method, g.token_ids, seconds, g.stats.decode_seconds, g.stats.rounds)
-            for q, g in zip(questions, outcomes, strict=True)
-        ]
+    def run(self, questions: Sequence[Question]) -> Iterator[Row]:
+        """Ask every question of every contestant, timed; rows of the same turn come together."""
+        warm = False
+        for repeat in range(self.repeats):
+            for question in questions:
+                for temperature in self.temperatures:
+                    for turn in self._turns(question, temperature, repeat):
+                        if not warm and not self._finished(turn):
+                            yield from self._warm_up(turn)
+                            warm = True
+                        yield from self._ask_all(turn)
 
-    def prompt(self, question: Question) -> list[int]:
-        """The question as the target reads it: through its chat template where it has one."""
+    def run_batched(self, questions: Sequence[Question], singly: bool = False) -> Iterator[Row]:
+        """Answers of this engine's methods decoded in batches: for equality alone, without times.
+
+        Args:
+            singly: also decode each prompt by itself, plainly.
+        """
+        for temperature in self.temperatures:
+            methods = [c for c in self._taking_part(temperature) if isinstance(c, Method)]
+            methods.sort(key=lambda method: method.name != PLAIN)
+            talks = [self._turns(question, temperature, 0) for question in questions]
+            while turns := [turn for talk in talks if (turn := next(talk, None)) is not None]:
+                for method in methods:
+                    yield from self._batch(method, method.name, turns)
+                for turn in turns if singly else ():
+                    yield from self._batch(methods[0], SINGLY, [turn])
+
+    def prompt(self, chat: Sequence[Mapping[str, str]]) -> list[int]:
+        """A chat as the target reads it: through its chat template where it has one, else as texts in a row."""
         if self.llm.tokenizer is not None and self.llm.tokenizer.chat_template:
-            return self.llm.token_ids([{"role": "user", "content": question.text}])
-        return self.llm.token_ids(question.text)
+            return self.llm.token_ids(list(chat))
+        return self.llm.token_ids("\n\n".join(message["content"] for message in chat))
 
-    def compare(self, prompt: list[int], plain: list[int], other: list[int], method: str) -> str:
-        """`identical`, `tie: ...` or `different: ...`; a method on the native runtime has no ties."""
-        if other == plain:
-            return "identical"
-        at = next((i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), None)
-        if at is None:
-            return f"different: {len(other)} tokens instead of {len(plain)}"
-        left, right = self.scores_after(prompt, plain[:at], [plain[at], other[at]])
-        exact = method != PEER and self.llm.target.runtime == "native"
-        kind = "tie" if not exact and abs(left - right) <= TIE[self.llm.target.dtype] else "different"
-        return f"{kind}: token {at} is {other[at]} ({right:.5f}) instead of {plain[at]} ({left:.5f})"
+    def _taking_part(self, temperature: float) -> list[Contestant]:
+        def wanted(contestant: Contestant) -> bool:
+            own = contestant.temperature
+            return contestant.name == PLAIN or temperature in (self._common if own is None else [own])
 
-    def scores_after(self, prompt: list[int], written: list[int], tokens: list[int]) -> list[float]:
-        """What decides between tokens after a text: processed logit plus noise, by a pass over one token."""
-        target, line = self.llm.target, prompt + written
-        target.reserve(1, len(line) + 1)
-        target.prefill(0, torch.tensor(line[:-1], device=target.device))
-        logits = target.verify(root_only(torch.tensor(line[-1:], device=target.device))).logits
-        scores = Scores([self.params], [line], [len(prompt)], NoiseTable(target.spec.vocab_size, target.device))
-        processed = scores.process(logits)
-        noise = scores.noise(torch.tensor([[len(line)]], device=target.device))
-        total = processed if noise is None else processed + noise
-        values: list[float] = total[0, 0, tokens].tolist()
-        return values
+        return [contestant for contestant in self.contestants if wanted(contestant)]
 
-    def _answer(self, name: str, question: Question, prompt: list[int], params: SamplingParams) -> Answer:
-        started = time.perf_counter()
-        if name == PEER:
-            assert self.peer is not None
-            tokens = self.peer(prompt, params.max_new_tokens)
-            seconds = time.perf_counter() - started
-            return Answer(question.name, question.category, name, tokens, seconds, seconds, len(tokens))
-        drafter, tree = self.methods[name]
-        self.llm.use(drafter, tree)
-        started = time.perf_counter()
-        generation = self.llm.generate(prompt, params)
-        seconds = time.perf_counter() - started
-        stats = generation.stats
-        return Answer(
-            question.name,
-            question.category,
-            name,
-            generation.token_ids,
-            seconds,
-            stats.decode_seconds,
-            stats.rounds,
+    def _finished(self, turn: Turn) -> bool:
+        return all(turn.key(c.name) in self.done for c in self._taking_part(turn.temperature))
+
+    def _turns(self, question: Question, temperature: float, repeat: int) -> Iterator[Turn]:
+        """The turns of a question while the context has room; each goes on from plain decoding's answer to the last."""
+        chat = list(question.before)
+        for number, text in enumerate(question.turns[: self.turns]):
+            chat.append(_said("user", text))
+            turn = Turn(question, number, temperature, repeat, self.prompt(chat))
+            if len(turn.prompt) >= self.llm.target.spec.context_length:
+                return
+            yield turn
+            chat.append(_said("assistant", self.llm.decode(list(self.done[turn.key(PLAIN)].token_ids))))
+
+    def _params(self, temperature: float) -> SamplingParams:
+        return replace(self.params, temperature=temperature)
+
+    def _warm_up(self, turn: Turn) -> Iterator[Row]:
+        """Let everyone answer once in short, for what is done once does not count; rows come of failures alone."""
+        few = replace(self.params, max_new_tokens=min(WARM_UP_TOKENS, self.params.max_new_tokens))
+        for contestant in self.contestants:
+            row = self._ask(contestant, turn, few)
+            if row.error is not None:
+                yield row
+
+    def _ask_all(self, turn: Turn) -> Iterator[Row]:
+        params = self._params(turn.temperature)
+        taking_part = [c for c in self._taking_part(turn.temperature) if c.name not in self.dead]
+        missing = [c for c in taking_part if turn.key(c.name) not in self.done]
+        order = random.Random(f"{self.seed} {turn.repeat} {turn.question.name} {turn.temperature} {turn.number}")
+        rows = {c.name: self._ask(c, turn, params) for c in order.sample(missing, len(missing))}
+        plain = rows.get(PLAIN) or self.done[turn.key(PLAIN)]
+        for contestant in missing:
+            row = rows[contestant.name]
+            if row.error is None:
+                row = replace(row, equal=self._verdict(contestant, contestant.name, turn, plain, row))
+                self.done[row.key] = row
+            yield row
+
+    def _ask(self, contestant: Contestant, turn: Turn, params: SamplingParams) -> Row:
+        """The row of one answer, not yet compared; a contestant that fails takes part no more."""
+        row = turn.row(contestant.name)
+        others = OtherWork()
+        try:
+            reply = contestant.answer(turn.prompt, params)
+        except Exception as error:  # of any class: peers are other people's code
+            if contestant.name == PLAIN:
+                raise
+            self.dead.add(contestant.name)
+            return replace(row, error=f"{type(error).__name__}: {error}")
+        cores = others.look()
+        reply = counted(reply, self.llm.target.spec.eos_token_ids, params.max_new_tokens)
+        return replace(_filled(row, reply), others=round(cores, 3))
+
+    def _verdict(self, contestant: Contestant, name: str, turn: Turn, plain: Row, row: Row) -> str:
+        if name == PLAIN:
+            return ""
+        if not contestant.comparable(turn.temperature):
+            return NOT_ASKED
+        return self.judge.compare(
+            turn.prompt,
+            list(plain.token_ids),
+            list(row.token_ids),
+            self._params(turn.temperature),
+            contestant.own,
         )
 
+    def _batch(self, method: Method, name: str, turns: Sequence[Turn]) -> Iterator[Row]:
+        """One method's answers; those that differ come last, for their scores are asked of the idle target."""
+        missing = [turn for turn in turns if turn.key(name) not in self.done]
+        if not missing:
+            return
+        method.use()
+        params = self._params(missing[0].temperature)
+        unlike: list[tuple[Turn, Row]] = []
+        for index, generation in self.llm.complete([turn.prompt for turn in missing], [params] * len(missing)):
+            turn = missing[index]
+            if generation.error is not None and name == PLAIN:
+                raise BadLogits(generation.error, rows=[index])
+            if generation.error is not None:
+                yield replace(turn.row(name), error=generation.error)
+                continue
+            row = replace(
+                turn.row(name),
+                token_ids=generation.token_ids,
+                decode_tokens=len(generation.token_ids),
+                histogram=generation.stats.acceptance_histogram,
+            )
+            plain = row if name == PLAIN else self.done[turn.key(PLAIN)]
+            if row.token_ids != list(plain.token_ids):
+                unlike.append((turn, row))
+                continue
+            yield self._kept(replace(row, equal=self._verdict(method, name, turn, plain, row)))
+        for turn, row in unlike:
+            plain = self.done[turn.key(PLAIN)]
+            yield self._kept(replace(row, equal=self._verdict(method, name, turn, plain, row)))
 
-def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """A row for each method: speed, acceptance and equality over all questions, and speedup by category.
-
-    The speedup is the ratio of decode tokens per second over plain decoding, pooled over the questions; a method
-    whose prefill is not told apart is compared by whole seconds.
-    """
-    by_method: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_method.setdefault(answer.method, []).append(answer)
-    plain = {answer.question: answer for answer in by_method[PLAIN]}
-
-    def speedup(rows: Sequence[Answer]) -> float:
-        whole = any(row.seconds == row.decode_seconds for row in rows)
-        mine = [(len(row.token_ids), row.seconds if whole else row.decode_seconds) for row in rows]
-        base = [(len(p.token_ids), p.seconds if whole else p.decode_seconds) for p in (plain[r.question] for r in rows)]
-        rates = [sum(n for n, _ in pairs) / sum(s for _, s in pairs) for pairs in (mine, base)]
-        return rates[0] / rates[1]
-
-    summary = []
-    for method, rows in by_method.items():
-        tokens = sum(len(row.token_ids) for row in rows)
-        categories = sorted({row.category for row in rows})
-        summary.append(
-            {
-                "method": method,
-                "questions": len(rows),
-                "tokens": tokens,
-                "tokens_per_second": tokens / sum(row.decode_seconds for row in rows),
-                "tokens_per_second_with_prefill": tokens / sum(row.seconds for row in rows),
-                "speedup": speedup(rows),
-                "mean_acceptance_length": tokens / sum(row.rounds for row in rows),
-                "identical": sum(row.equal in ("", "identical") for row in rows),
-                "ties": [f"{row.question}: {row.equal}" for row in rows if row.equal.startswith("tie")],
-                "different": [f"{row.question}: {row.equal}" for row in rows if row.equal.startswith("different")],
-                "speedup_by_category": {c: speedup([r for r in rows if r.category == c]) for c in categories},
-            }
-        )
-    return summary
+    def _kept(self, row: Row) -> Row:
+        self.done[row.key] = row
+        return row
 
 
-def write_jsonl(path: Path, answers: Iterable[Answer]) -> None:
-    """Append answers to a file, a line each."""
-    with path.open("a", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(asdict(answer)) + "\n")
+def _said(role: str, content: str) -> Mapping[str, str]:
+    return {"role": role, "content": content}
+
+
+def _filled(row: Row, reply: Reply) -> Row:
+    return replace(
+        row,
+        token_ids=reply.token_ids,
+        prefill_seconds=reply.prefill_seconds,
+        decode_seconds=reply.decode_seconds,
+        decode_tokens=reply.decode_tokens,
+        histogram=reply.histogram,
+        steps=reply.steps,
+        memory=reply.memory,
+    )

@@ -34,7 +34,7 @@ class Comparison:
         drafted: with the drafter.
         drafter: its name.
         half: whether the target runs in half precision, where sums in another order may turn a near-tie.
-        same_law_only: whether the rule promises the law of the tokens and not the tokens themselves.
+        same_law_only: whether the rule promises at most the law of the tokens and not the tokens themselves.
     """
 
     plain: Generation
@@ -88,7 +88,9 @@ class Comparison:
             return f"all {len(self.plain.token_ids)} tokens are equal"
         place = f"token {difference['index']} is {difference['plain']} plain and {difference['drafted']} drafted"
         if self.same_law_only:
-            return f"{place}: this rule promises the same law, not the same tokens"
+            lossy = "(lossy)" in self.drafted.stats.rule
+            promise = "is lossy and promises nothing" if lossy else "promises the same law, not the same tokens"
+            return f"{place}: the rule {self.drafted.stats.rule} {promise}"
         if self.half:
             return f"the tokens DIFFER: {place}; possibly a tie in half precision, --dtype float32 is exact"
         return f"the tokens DIFFER: {place}"

@@ -52,6 +52,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a drafter on text that it was not trained on."""
+    from s4c.verify.typical import title
+
     llm = options.load(
         target,
         drafter,
@@ -66,7 +68,7 @@ def evaluate(
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
-    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree}
+    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree, "rule": title(rule)}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):
         features = _features(llm, chosen)
@@ -155,6 +157,7 @@ def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, A
         TreePlan.parse(llm.tree),
         llm.target.spec.vocab_size,
         device=llm.target.device,
+        target=llm.target,
     )
     return {"mean_acceptance_length": result.mean_acceptance_length, "rounds": result.rounds, "rows": len(greedy)}
 
@@ -185,7 +188,7 @@ def _print(report: dict[str, Any]) -> None:
         console.print("given: where the heads before had the token first\n")
     table = Table("mean acceptance length", "MAL", "passes", box=box.SIMPLE_HEAD)
     lines = {"simulated, temperature 0": report["simulated"]}
-    lines |= {f"engine, temperature {name}": value for name, value in report["engine"].items()}
+    lines |= {f"engine, temperature {name}, rule {report['rule']}": value for name, value in report["engine"].items()}
     for name, value in lines.items():
         if value is None:
             table.add_row(name, "no rows at temperature 0", "")

@@ -127,6 +127,7 @@ def _drafters() -> dict[str, dict[str, Any]]:
         "methods": {
             name: {
                 "trained": method.model is not None,
+                "drafter": (method.form or name) if method.create is not None else None,
                 "settings": {f.name: f.default for f in fields(method.config)} if method.config else {},
             }
             for name, method in METHODS.items()
@@ -219,6 +220,7 @@ def round_cost(llm: LLM) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -231,8 +233,9 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row("built-in model", f"{alias} ({model['package']}), {'' if model['cached'] else 'not yet '}cached")
     for name, method in report["methods"].items():
         settings = " ".join(f"{key}={value}" for key, value in method["settings"].items())
-        kind = "trained by s4c train" if method["trained"] else "no training"
-        table.add_row("method", f"{name} ({kind}) {settings}")
+        ways = [f"--drafter {method['drafter']}"] if method["drafter"] else []
+        ways += ["s4c train"] if method["trained"] else []
+        table.add_row("method", escape(f"{name} ({' or '.join(ways)}) {settings}"))
     for name, drafter in report["shipped"].items():
         table.add_row("shipped drafter", f"{name}: {drafter['method']} for {drafter['target']}")
     console.print(table, soft_wrap=True)

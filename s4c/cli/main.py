@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import s4c
-from s4c.cli.bench import bench
+from s4c.cli.bench import app as bench
 from s4c.cli.chat import chat
 from s4c.cli.distill import distill
 from s4c.cli.evaluate import evaluate
@@ -70,7 +70,7 @@ def main(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
-app.command()(bench)
 app.command()(distill)
 app.command()(train)
 app.command("eval")(evaluate)
+app.add_typer(bench, name="bench")

@@ -28,7 +28,8 @@ Drafter = Annotated[
     str,
     typer.Option(
         help="auto (shipped+ngram, or ngram where no drafter for the target is shipped), none (plain decoding), "
-        "shipped, a method without training (see `s4c info`), the directory of a checkpoint, or two joined by +.",
+        "shipped, a method without training, perhaps with what it wants to know (ngram, ngram=corpus.txt; see "
+        "`s4c info`), the directory of a checkpoint, or two joined by +.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -43,7 +44,8 @@ Tree = Annotated[
 Rule = Annotated[
     str,
     typer.Option(
-        help="Acceptance rule: coupled (the same tokens as plain decoding) or rejection (the same law).",
+        help="Acceptance rule: coupled (the same tokens as plain decoding), rejection (the same law), or typical "
+        "(LOSSY: faster above temperature 0, and another law).",
         rich_help_panel=MODEL,
     ),
 ]

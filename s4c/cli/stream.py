@@ -98,4 +98,5 @@ def figures(stats: Stats) -> str:
     return (
         f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.mean_acceptance_length:.2f} tokens a pass"
+        + (f", rule {stats.rule}" if stats.rule != "coupled" else "")
     )

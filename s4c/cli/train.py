@@ -53,6 +53,9 @@ def train(
     max_length: Annotated[int | None, _setting("512", "Rows are cut to so many tokens.")] = None,
     autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16, float16.")] = None,
     features: Annotated[str | None, _setting("cache", "Target's features: cache (on disk) or fly (anew).")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of cached features, for runs to share.", show_default="OUT/features")
+    ] = None,
     held_out: Annotated[float | None, _setting("0.03", "Share of the prompts kept for validation.")] = None,
     validation_rows: Annotated[int | None, _setting("64", "Most rows of a validation.")] = None,
     tree: Annotated[str | None, _setting("the method's", "Tree of the simulated drafting.")] = None,
@@ -99,7 +102,9 @@ def train(
     if init is not None:
         model.start_from(load_model(init, llm.target, METHODS))
     provenance = {"command": _command(), "data files": ", ".join(path.name for path in data)}
-    trainer = Trainer(llm.target, line.name, model, rows, held, config, out, resume=resume, provenance=provenance)
+    trainer = Trainer(
+        llm.target, line.name, model, rows, held, config, out, resume=resume, cache=cache, provenance=provenance
+    )
     _report(trainer, trainer.fit())
 
 

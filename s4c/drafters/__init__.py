@@ -1,6 +1,6 @@
 """The methods. A new one is a file of this folder and a line of this table."""
 
-from s4c.drafters import ngram, s4c
+from s4c.drafters import draft_model, medusa, ngram, s4c, sdsat
 from s4c.drafters.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (s4c.METHOD, ngram.METHOD)}
+METHODS: dict[str, Method] = {line.METHOD.name: line.METHOD for line in (s4c, medusa, sdsat, ngram, draft_model)}

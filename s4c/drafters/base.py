@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s4c.models.base import Target
+from s4c.models.layers import packs
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.scores import DRAFT_STREAM, TARGET_STREAM, Scores
 from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
@@ -52,6 +53,9 @@ class Drafter(ABC):
     name: str
     default_tree: str
     """The tree that `--tree auto` stands for, as `TreePlan.parse` reads it."""
+
+    probes: bool = False
+    """Whether its trees hold probes, so that only passes of the target tell what it would draft."""
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` tokens each; what is held stays."""
@@ -100,12 +104,14 @@ class Prediction:
         features: [B, T, d], the head's guess of the target's feature at position t + offset - 1, or None
             where the method guesses none.
         offset: how far ahead of its position a prediction looks.
+        made: [B, T] bool, the positions at which there is a prediction; None for all of them.
     """
 
     hidden: Tensor
     logits: Callable[[Tensor], Tensor]
     features: Tensor | None
     offset: int
+    made: Tensor | None = None
 
 
 class DraftModel(nn.Module, ABC):
@@ -145,20 +151,30 @@ class DraftModel(nn.Module, ABC):
         """A drafter that runs on a copy of the present weights, in the target's dtype unless one is given."""
 
 
+def drafting_dtype(target: Target) -> torch.dtype:
+    """The fastest: the drafter's precision changes how much is accepted, never what is written."""
+    if target.runtime == "native":
+        return torch.int8
+    return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
+
+
 @dataclass(frozen=True)
 class Method:
     """A line of the table of drafters.
 
     Attributes:
         name: what users call it.
-        create: makes an untrained drafter (methods without weights) for a target; None for trained ones.
+        create: makes a drafter that is not trained here, from a target and what the user wrote after `NAME=` ("" where
+            there was no more than the name); None for methods that are always trained.
+        form: how users write that, `NAME`, `NAME=THIS` or `NAME[=THIS]`; the name alone unless given.
         config: the configuration dataclass of a trained method; None where there is nothing to train.
         model: makes the draft model from a target, a configuration and the draft vocabulary's token ids
             [V']; its weights are those that training starts from. None where there is nothing to train.
     """
 
     name: str
-    create: Callable[[Target], Drafter] | None = None
+    create: Callable[[Target, str], Drafter] | None = None
+    form: str = ""
     config: type | None = None
     model: Callable[[Target, Any, Tensor], DraftModel] | None = None
 
@@ -175,13 +191,13 @@ def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids
         token_ids: [V'] int64, the target's token of each column; None for the whole vocabulary.
     """
     scores = sequences.scores
+    draws = _draws(sequences, builder.plan)
     if scores.uses_history and builder.level:
         on_path = ancestors(builder.parents)[:, :, 1:]
         frontier = builder.frontier[..., None].expand(-1, -1, on_path.shape[-1])
         processed = scores.process(logits, builder.tokens[:, 1:], on_path.gather(1, frontier), token_ids)
     else:
         processed = scores.process(logits, token_ids=token_ids)
-    draws = sequences.sampled and builder.plan.kind != "best" and not scores.greedy
     noise = None
     if draws or not sequences.sampled:
         positions = (sequences.positions + builder.level + 1)[:, None].expand(-1, logits.shape[1])
@@ -192,6 +208,27 @@ def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids
         if token_ids is not None:
             law = law.new_full((*law.shape[:2], scores.vocab_size), -torch.inf).index_copy_(2, token_ids, law)
     builder.extend(processed if noise is None else processed + noise, token_ids, law)
+
+
+def _draws(sequences: Sequences, plan: TreePlan) -> bool:
+    """Whether children are drawn from the drafter's law with noise of their own."""
+    return sequences.sampled and plan.kind != "best" and not sequences.scores.greedy
+
+
+def noise_by_level(sequences: Sequences, plan: TreePlan) -> list[Tensor | None] | None:
+    """What `extend` adds to log q at the requests' temperatures, where it does nothing else: for native drafting.
+
+    Returns:
+        B times D rows [V] of noise, of the levels of each sequence, None where there is none; None in place of the
+        list where more is asked of `extend` than temperature and noise.
+    """
+    if _draws(sequences, plan) or not sequences.scores.only_cools:
+        return None
+    first = (sequences.positions + 1).tolist()
+    if sequences.sampled or sequences.scores.greedy:
+        return [None] * (len(first) * plan.depth)
+    levels = range(plan.depth)
+    return [sequences.scores.noise_row(b, start + level) for b, start in enumerate(first) for level in levels]
 
 
 def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:

@@ -28,6 +28,7 @@ class CombinedDrafter(Drafter):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
+        self.probes = first.probes or second.probes
         self._second_plan = TreePlan.parse(second.default_tree)
 
     def reserve(self, slots: int, length: int) -> None:
@@ -40,10 +41,11 @@ class CombinedDrafter(Drafter):
 
     def propose(self, sequences: Sequences) -> DraftTree:
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
-        tree = self.first.propose(replace(sequences, plan=sequences.plan.beside(beside)))
+        plan = sequences.plan.beside(beside)
+        tree = self.first.propose(replace(sequences, plan=plan))
         if bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
             return tree
-        return merge(tree, beside, sequences.plan.limit)
+        return merge(tree, beside, sequences.plan.limit + max(0, tree.size - plan.nodes))
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         self.first.commit(tree, verdict, output)

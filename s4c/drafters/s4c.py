@@ -31,15 +31,18 @@ from s4c.drafters.base import (
     Prediction,
     Sequences,
     TrainingBatch,
+    drafting_dtype,
     extend,
     finish,
+    noise_by_level,
 )
 from s4c.models.base import Target
-from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack, packs
+from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
+from s4c.models.native.draft import NativeDraft
 from s4c.models.native.rows import native_top_and_total
-from s4c.models.stack import Rope, stack_class
+from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreeBuilder, root_only
+from s4c.verify.tree import TreeBuilder, TreePlan, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
 PREFILL_CHUNK = 512
@@ -191,13 +194,6 @@ class S4CModel(DraftModel):
         return S4CDrafter(self, target, dtype or drafting_dtype(target))
 
 
-def drafting_dtype(target: Target) -> torch.dtype:
-    """The fastest: the drafter's precision changes how much is accepted, never what is written."""
-    if target.runtime == "native":
-        return torch.int8
-    return torch.bfloat16 if packs(torch.bfloat16, target.device) else target.dtype
-
-
 def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -241,12 +237,12 @@ class _Rows:
         committed: B numbers of committed rows; those after them, up to the longest, are padding.
     """
 
-    def __init__(self, tokens: Tensor, counts: Tensor) -> None:
+    def __init__(self, tokens: Tensor, counts: list[int]) -> None:
         batch, size = tokens.shape
         self.tokens = tokens
         self.parents = torch.arange(-1, size - 1, device=tokens.device).expand(batch, -1)
-        self.frontier = counts[:, None] - 1
-        self.committed: list[int] = counts.tolist()
+        self.frontier = torch.tensor(counts, device=tokens.device)[:, None] - 1
+        self.committed = counts
         self._frontier_nodes = torch.zeros_like(self.frontier)
 
     @property
@@ -287,7 +283,7 @@ class S4CDrafter(Drafter):
         self.lm_head = model.lm_head().to(self.device)
         native = target.runtime == "native"
         rope = Rope(model.frequencies(self.device))
-        self._stacks = []
+        self._stacks: list[Stack] = []
         for trained in model.each_head():
             head = copy.deepcopy(trained).to(self.device).eval()
             stack = stack_class(native)(
@@ -298,6 +294,7 @@ class S4CDrafter(Drafter):
                 stack.place(index, layer)
             self._stacks.append(stack)
         pack(self.lm_head, dtype, native)
+        self._native = NativeDraft(self._stacks, self.lm_head, self._embedding, self.token_ids) if native else None
         self._select = native_top_and_total if native else None
         self._slots: dict[int, _Slot] = {}
 
@@ -314,10 +311,10 @@ class S4CDrafter(Drafter):
         state = _Slot([], before[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
-            rows = _Rows(chunk, torch.tensor([chunk.shape[1]], device=self.device))
+            rows = _Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
-            self._settle([state], rows, outputs, slot)
+            self._settle([state], rows.committed, self._carry(rows, outputs), slot)
         state.features = before[-1:]
         self._slots[slot] = state
 
@@ -331,6 +328,19 @@ class S4CDrafter(Drafter):
             return root_only(sequences.roots)
         rows, features = self._catch_up(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
+        noise = noise_by_level(sequences, plan) if self._native is not None else None
+        if self._native is not None and self._native.grows(plan) and noise is not None:
+            temperatures = [request.temperature for request in sequences.scores.params]
+            tree = self._native.grow(plan, rows.tokens, rows.committed, features, carry, temperatures, noise)
+        else:
+            tree, carry = self._grow(sequences, plan, rows, features, carry)
+        self._settle(states, rows.committed, carry, 0)
+        return tree
+
+    def _grow(
+        self, sequences: Sequences, plan: TreePlan, rows: _Rows, features: Tensor, carry: Tensor
+    ) -> tuple[DraftTree, Tensor]:
+        """The tree of a round, level by level, and the new carry; what `NativeDraft.grow` is tested against."""
         builder = plan.grow(sequences.roots, self._select)
         outputs: list[Tensor] = []
         while builder.open:
@@ -346,8 +356,7 @@ class S4CDrafter(Drafter):
             logits = self.lm_head(_gather_rows(outputs[-1], rows.frontier)).float()
             extend(sequences, builder, logits, self.token_ids)
         outputs = self._run_remaining(outputs, rows, features, carry)
-        self._settle(states, rows, outputs, 0)
-        return finish(sequences, builder)
+        return finish(sequences, builder), self._carry(rows, outputs)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         accepted = verdict.accepted.tolist()
@@ -368,7 +377,7 @@ class S4CDrafter(Drafter):
         longest = max(len(line) for line in lines)
         tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=self.device)
         features = torch.stack([F.pad(s.features, (0, 0, 0, longest - s.features.shape[0])) for s in states])
-        return _Rows(tokens, torch.tensor([len(line) for line in lines], device=self.device)), features
+        return _Rows(tokens, [len(line) for line in lines]), features
 
     def _inputs(self, rows: _Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.
@@ -395,14 +404,17 @@ class S4CDrafter(Drafter):
             outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), first_slot))
         return outputs
 
-    def _settle(self, states: list[_Slot], rows: _Rows, outputs: list[Tensor], first_slot: int) -> None:
+    def _carry(self, rows: _Rows, outputs: list[Tensor]) -> Tensor:
+        """[B, H - 1, d]: what all heads but the last gave at the last committed row."""
+        last = [torch.stack([out[b, n - 1] for b, n in enumerate(rows.committed)]) for out in outputs[:-1]]
+        return torch.stack(last, 1) if last else outputs[0][:, :0]
+
+    def _settle(self, states: list[_Slot], counts: list[int], carry: Tensor, first_slot: int) -> None:
         """Keep the committed rows in the caches, and carry over the outputs at the last of them."""
-        for offset, state in enumerate(states):
-            count = rows.committed[offset]
+        for offset, (state, count) in enumerate(zip(states, counts, strict=True)):
             for stack in self._stacks:
                 stack.keep(first_slot + offset, list(range(count)))
-            if len(outputs) > 1:
-                state.carry = torch.stack([output[offset, count - 1] for output in outputs[:-1]])
+            state.carry = carry[offset]
             state.tokens, state.features = [], state.features[:0]
 
 

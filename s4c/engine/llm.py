@@ -24,7 +24,7 @@ from s4c.engine.costs import measured_costs
 from s4c.engine.planner import NAME, CostPlanner, FixedPlanner, plans_by_levels
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
-from s4c.engine.threads import share_threads
+from s4c.engine.threads import check_threads, share_threads
 from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
@@ -63,9 +63,10 @@ class LLM:
         target: a built-in alias (`smollm2-135m`), a local Hugging Face directory, a GGUF file or a hub id;
             or a loaded target.
         drafter: `auto` (`shipped+ngram` where a drafter for this target comes with s4c, else `ngram`), `none`
-            (plain decoding), `shipped`, the name of a method without training, a checkpoint directory, two of
-            these joined by `+` (one tree of both), or a drafter.
-        rule: `coupled` or `rejection`.
+            (plain decoding), `shipped`, the name of a method without training, perhaps with `=` and what it wants to
+            know (`ngram=corpus.txt`), a checkpoint directory, two of these joined by `+` (one tree of both), or a
+            drafter.
+        rule: `coupled` (the tokens of plain decoding) or `rejection` (their law); or `typical`, which is lossy.
         tree: `comb:K`, `best:N`, `chain:D`, `plan` for the one that makes the most tokens per second, anew each round
             (what passes cost is measured once and kept in the cache folder), or `auto` for what the drafter
             recommends.
@@ -74,8 +75,9 @@ class LLM:
         runtime: `auto`, `native`, `torch` or `hf`.
         context_length: most tokens of a sequence; None takes the model's own limit.
         max_batch: most sequences to decode at once.
-        threads: CPU threads for the whole process; None leaves them as they are. On the native runtime they are
-            its own, and torch, which has little left to do, keeps one, for two pools would fight for the cores.
+        threads: CPU threads for the whole process, at most four for each processor; None leaves them as they are.
+            On the native runtime they are its own, and torch, which has little left to do, keeps one, for two pools
+            would fight for the cores.
 
     Raises:
         ValueError: an argument is outside its range; the message says what is allowed.
@@ -95,8 +97,7 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
+        check_threads(threads)
         if tree not in ("auto", NAME):
             TreePlan.parse(tree)
         self.tokenizer: Any = None
@@ -266,12 +267,11 @@ class LLM:
 
 
 def choose_drafter(name: str | Path, target: Target) -> Drafter:
-    """The drafter that a user asked for by name or checkpoint.
+    """The drafter that a user asked for by name or checkpoint, or two of them joined by `+`.
 
     Raises:
         ValueError: there is no such drafter; the message lists what there is.
     """
-    ready = {method.name: method for method in METHODS.values() if method.create is not None}
     if name == "none":
         return NoDrafter()
     if name == "auto":
@@ -281,19 +281,37 @@ def choose_drafter(name: str | Path, target: Target) -> Drafter:
         if shipped is None:
             raise ValueError(f"no drafter for {target.spec.name} comes with s4c; train one (s4c train), or give ngram")
         return load_drafter(shipped, target, METHODS)
-    if name in ready:
-        create = ready[str(name)].create
-        assert create is not None
-        return create(target)
+    created = create_drafter(str(name), target)
+    if created is not None:
+        return created
     if Path(name).is_dir():
         return load_drafter(Path(name), target, METHODS)
     first, plus, second = str(name).rpartition("+")
     if plus and first and second and "none" not in (first, second):
         return CombinedDrafter(choose_drafter(first, target), choose_drafter(second, target))
+    forms = [method.form or method.name for method in METHODS.values() if method.create is not None]
     raise ValueError(
-        f"drafter {str(name)!r} is not known; it must be auto, none, shipped, {', '.join(ready)}, "
+        f"drafter {str(name)!r} is not known; it must be auto, none, shipped, {', '.join(forms)}, "
         "the directory of a checkpoint, or two of them joined by +"
     )
+
+
+def create_drafter(spec: str, target: Target) -> Drafter | None:
+    """The drafter of `NAME`, or of `NAME=ARGUMENT`, where the method says what its argument is; None if it is no such.
+
+    A `+` in the argument joins a second drafter, unless it belongs to the name of something that exists.
+
+    Raises:
+        ValueError: the method wants an argument, or wants none, or cannot use this one.
+    """
+    name, equals, argument = spec.partition("=")
+    method = METHODS.get(name)
+    if method is None or method.create is None or ("+" in argument and not Path(argument).exists()):
+        return None
+    form = method.form or method.name
+    if (equals and "=" not in form) or (not argument and "=" in form.partition("[")[0]) or (equals and not argument):
+        raise ValueError(f"drafter {spec!r} must be written {form}")
+    return method.create(target, argument)
 
 
 def shipped_for(target: Target) -> Path | None:

@@ -22,8 +22,9 @@ from s4c.engine.stats import StepTimer
 from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
-from s4c.verify.rules import Rule, rule_named
+from s4c.verify.rules import Rule
 from s4c.verify.scores import NoiseTable, Scores
+from s4c.verify.typical import any_rule, title
 
 
 class Engine:
@@ -33,7 +34,7 @@ class Engine:
         target: the model whose output it is.
         drafter: what guesses.
         planner: says which trees are drafted.
-        rule: `coupled` or `rejection`.
+        rule: `coupled` or `rejection`; `typical` is lossy.
         max_batch: most sequences to run at once.
     """
 
@@ -41,7 +42,8 @@ class Engine:
         self.target = target
         self.drafter = drafter
         self.planner = planner
-        self.rule: Rule = rule_named(rule)
+        self.rule: Rule = any_rule(rule)
+        self.rule_title = title(rule)
         self.sampled = rule == "rejection"
         self.scheduler = Scheduler(max_batch, self._move)
         self.noise = NoiseTable(target.spec.vocab_size, target.device)
@@ -89,7 +91,7 @@ class Engine:
             tokens=tokens,
             roots=torch.tensor([line[-1] for line in tokens], device=device),
             positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
-            scores=Scores(params, tokens, [len(sequence.prompt) for sequence in running], self.noise),
+            scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.highest),
             sampled=self.sampled,
             plan=self.planner.plan(len(running)),
         )
@@ -97,6 +99,7 @@ class Engine:
     def _prefill(self, sequence: Sequence) -> None:
         """Cache the prompt but its last token, which is the first root."""
         started = time.perf_counter()
+        sequence.stats.rule = self.rule_title
         limit = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.spec.context_length)
         slots = min(self.scheduler.max_batch, len(self.scheduler.running) + len(self.scheduler.waiting))
         self.target.reserve(slots, limit + self.planner.pool)

@@ -16,6 +16,7 @@ class Stats:
     """Figures of one request. Times are wall seconds; rounds of a batch count fully for each of its requests.
 
     Attributes:
+        rule: that decided what stands; a lossy one is marked.
         rounds: target passes after the prefill.
         new_tokens: tokens generated, a closing end-of-sequence token included.
         acceptance_histogram: entry a is the number of rounds that committed a + 1 tokens.
@@ -25,6 +26,7 @@ class Stats:
         steps: seconds by step of the round.
     """
 
+    rule: str = "coupled"
     rounds: int = 0
     new_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Stats:
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         return {
+            "rule": self.rule,
             "rounds": self.rounds,
             "new_tokens": self.new_tokens,
             "mean_acceptance_length": self.mean_acceptance_length,

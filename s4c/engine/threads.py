@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from s4c.models.base import Target
+
+PER_PROCESSOR = 4
+"""More threads than so many to a processor are refused: waiting for one another, they would bring the machine down."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that cannot be meant.
+
+    Raises:
+        ValueError: it is below 1 or far above the number of processors.
+    """
+    most = PER_PROCESSOR * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise ValueError(
+            f"threads is {threads}; it must be from 1 to {most}, and the number of processors ({os.cpu_count()}) is "
+            "mostly best"
+        )
 
 
 def share_threads(threads: int | None, target: Target) -> int:

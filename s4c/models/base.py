@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s4c.errors import UnsupportedModel
+from s4c.models.adapter import Adapter
 from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.scores import Highest
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Target(ABC):
     dtype: torch.dtype
     runtime: str
     """What computes it: `native` (its drafters then run on the C++ kernels too), `torch` or `hf`."""
+
+    highest: Highest | None = None
+    """The runtime's kernel for the tokens that it chooses; None where it has none."""
 
     weight_bytes: int
     """Bytes of weights that every pass reads."""
@@ -84,6 +90,19 @@ class Target(ABC):
     @abstractmethod
     def length(self, slot: int) -> int:
         """Number of tokens cached in a slot."""
+
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Take an adapter, for the tokens from V on in draft trees, in place of the one before; None takes it away.
+
+        The rows of all other tokens stay exactly what they are without it.
+
+        Raises:
+            UnsupportedModel: this runtime cannot.
+        """
+        raise UnsupportedModel(
+            f"{self.spec.name} on the runtime {self.runtime} cannot adapt single rows of a pass, which the tokens of "
+            "this drafter need; use the runtime native or torch, or another drafter"
+        )
 
     @abstractmethod
     def embedding_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ and the inputs of matrix products are of the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s4c.models.cache import CacheView
+from s4c.models.adapter import RowTerm
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -64,7 +65,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self._packed: Product | None = None
+        self.packed: Product | None = None
 
     @classmethod
     def of(cls, weight: Tensor) -> Linear:
@@ -76,7 +77,7 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight, packed or not."""
-        return self.weight.detach() if self._packed is None else self._packed.dense()
+        return self.weight.detach() if self.packed is None else self.packed.dense()
 
     def pack(self, dtype: torch.dtype, native: bool = False) -> None:
         """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved.
@@ -89,19 +90,21 @@ class Linear(nn.Module):
         if native:
             from s4c.models.native.linear import NativeLinear
 
-            self._packed = NativeLinear(self.weight, self.bias, dtype)
+            self.packed = NativeLinear(self.weight, self.bias, dtype)
         else:
             self.to(dtype)
             if not packs(dtype, self.weight.device):
                 return
-            self._packed = OneDNNProduct(self.weight.detach(), self.bias)
+            self.packed = OneDNNProduct(self.weight.detach(), self.bias)
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
-            return F.linear(x, self.weight, self.bias)
-        return self._packed(x)
+    def forward(self, x: Tensor, term: RowTerm | None = None) -> Tensor:
+        if self.packed is None:
+            cast = x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype)
+            y = F.linear(cast, self.weight, self.bias)
+        else:
+            y = self.packed(x)
+        return y if term is None else term(x, y)
 
 
 class RMSNorm(nn.Module):
@@ -157,10 +160,34 @@ class LayerShape:
     head_norms: bool = False
 
     @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers, by their names."""
+        wide = self.heads * self.head_dim
+        return {
+            "qkv": (self.hidden, wide + 2 * self.kv_heads * self.head_dim),
+            "out": (wide, self.hidden),
+            "gate_up": (self.hidden, 2 * self.intermediate),
+            "down": (self.intermediate, self.hidden),
+        }
+
+    @property
     def weights(self) -> int:
         """Numbers in the matrices of a layer."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.intermediate)
+
+
+class KeysValues(Protocol):
+    """Where the keys and values of a pass go, and those that its rows attend to come from."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take [B, N, heads, head_dim] keys and values of a layer; give all, [B, heads, L, head_dim]."""
+
+
+Terms = Mapping[str, RowTerm]
+"""What an adapter adds to the products of a layer, by their names."""
+
+NO_TERMS: Terms = {}
 
 
 class Rotary:
@@ -219,9 +246,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(shape.head_dim, shape.eps)
             self.k_norm = RMSNorm(shape.head_dim, shape.eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: CacheView | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KeysValues | None, layer: int, terms: Terms
+    ) -> Tensor:
         shape = self.shape
-        fused = self.qkv(x).unflatten(-1, (shape.heads + 2 * shape.kv_heads, shape.head_dim))
+        fused = self.qkv(x, terms.get("qkv")).unflatten(-1, (shape.heads + 2 * shape.kv_heads, shape.head_dim))
         value = fused[:, :, shape.heads + shape.kv_heads :]
         query_key = fused[:, :, : shape.heads + shape.kv_heads]
         if shape.head_norms:
@@ -233,7 +262,7 @@ class Attention(nn.Module):
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
             keys, values = cache.append(layer, key, value)
-        product: Tensor = self.out(attend(query, keys, values, mask))
+        product: Tensor = self.out(attend(query, keys, values, mask), terms.get("out"))
         return product
 
 
@@ -245,9 +274,9 @@ class MLP(nn.Module):
         self.gate_up = Linear(shape.hidden, 2 * shape.intermediate, shape.mlp_bias)
         self.down = Linear(shape.intermediate, shape.hidden, shape.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        product: Tensor = self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, terms: Terms) -> Tensor:
+        gate, up = self.gate_up(x, terms.get("gate_up")).chunk(2, -1)
+        product: Tensor = self.down(F.silu(gate) * up, terms.get("down"))
         return product
 
 
@@ -262,7 +291,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: CacheView | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        cache: KeysValues | None = None,
+        layer: int = 0,
+        terms: Terms = NO_TERMS,
     ) -> Tensor:
         """[B, N, d] float32 in and out.
 
@@ -270,10 +305,25 @@ class DecoderLayer(nn.Module):
             mask: as `grouped_mask` gives it.
             cache: where keys and values go and come from; None attends within x.
             layer: which layer of the cache is this one's.
+            terms: of an adapter.
         """
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
-        mixed: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer, terms)
+        mixed: Tensor = x + self.mlp(self.mlp_norm(x), terms)
         return mixed
+
+
+def opened(layer: DecoderLayer) -> DecoderLayer:
+    """A copy of a layer, packed or not, that gradients pass through; its own weights stay fixed."""
+    with torch.device("meta"):
+        copy = DecoderLayer(layer.attention.shape)
+    for mine, its in zip(copy.modules(), layer.modules(), strict=True):
+        if isinstance(mine, Linear):
+            assert isinstance(its, Linear)
+            mine.weight, mine.bias = nn.Parameter(its.dense()), its.bias
+        elif isinstance(mine, RMSNorm):
+            assert isinstance(its, RMSNorm)
+            mine.weight = its.weight
+    return copy.requires_grad_(False)
 
 
 def pack(module: nn.Module, dtype: torch.dtype, native: bool = False) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
+from s4c.models.adapter import AdaptedRows, Adapter
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
-from s4c.models.stack import Rope, stack_class
+from s4c.models.native.rows import native_highest
+from s4c.models.stack import OpenLayers, Rope, Stack, TorchStack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -103,7 +105,10 @@ class LlamaTarget(Target):
         self.dtype = dtype
         self.device = device
         self.runtime = "native" if native else "torch"
+        self.highest = native_highest if native else None
         self.shape = layer_shape(config)
+        self.layers: int = config.num_hidden_layers
+        self._adapter: Adapter | None = None
         loaded = torch.bfloat16 if dtype == torch.int8 else dtype
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(device).requires_grad_(False)
         self._final_norm = norm.weight
@@ -116,6 +121,11 @@ class LlamaTarget(Target):
         self._load(tensors, config.num_hidden_layers, loaded)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
+
+    @property
+    def stack(self) -> Stack:
+        """Its layers and their cache, for what runs the model otherwise than as a target."""
+        return self._stack
 
     def reserve(self, slots: int, length: int) -> None:
         self._stack.reserve(slots, length)
@@ -137,8 +147,18 @@ class LlamaTarget(Target):
 
     @torch.no_grad()
     def verify(self, tree: DraftTree) -> TargetOutput:
-        features = self._stack.run(self._embedding[tree.tokens], tree.parents)
+        x, adapted = self._embed(tree.tokens)
+        features = self._stack.run(x, tree.parents, adapted=adapted)
         return TargetOutput(logits=self.head(features).float(), features=features)
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, AdaptedRows | None]:
+        """[B, N, d] of a tree's tokens, and which of its rows are adaptive; None where no row is."""
+        adapter, rows = self._adapter, tokens >= self.spec.vocab_size
+        if adapter is None or not rows.any():
+            return self._embedding[tokens], None
+        x = self._embedding[tokens.masked_fill(rows, 0)].float()
+        x[rows] = adapter.embeddings[tokens[rows] - self.spec.vocab_size]
+        return x, AdaptedRows(adapter, rows)
 
     def commit(self, verdict: Verdict) -> None:
         for slot, (path, accepted) in enumerate(zip(verdict.path.tolist(), verdict.accepted.tolist(), strict=True)):
@@ -146,6 +166,22 @@ class LlamaTarget(Target):
 
     def move(self, source: int, destination: int) -> None:
         self._stack.move(source, destination)
+
+    def adapt(self, adapter: Adapter | None) -> None:
+        self._adapter = adapter
+
+    def open_layers(self) -> OpenLayers:
+        """Copies of the layers to train through.
+
+        Raises:
+            UnsupportedModel: the runtime is not torch.
+        """
+        if not isinstance(self._stack, TorchStack):
+            raise UnsupportedModel(
+                f"training passes through the layers of {self.spec.name}, which the runtime {self.runtime} cannot "
+                "differentiate; load it with runtime torch (--runtime torch)"
+            )
+        return self._stack.open()
 
     def embedding_weight(self) -> Tensor:
         return self._embedding

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s4c.models.adapter import AdaptedRows
 from s4c.models.cache import KVCache
-from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm, Rotary, grouped_mask, pack
+from s4c.models.layers import NO_TERMS, DecoderLayer, Join, LayerShape, RMSNorm, Rotary, grouped_mask, opened, pack
 from s4c.verify.tree import ancestors
 
 
@@ -23,6 +24,15 @@ class Rope:
 
     frequencies: Tensor
     scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class OpenLayers:
+    """The layers of a stack for training through them: their own weights stay fixed, gradients pass."""
+
+    layers: list[DecoderLayer]
+    rope: Rope
+    norm: RMSNorm
 
 
 class Stack(ABC):
@@ -64,7 +74,9 @@ class Stack(ABC):
         """Make room for `slots` sequences of `length` rows each; cached rows stay."""
 
     @abstractmethod
-    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(
+        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+    ) -> Tensor:
         """Append the rows of a pass and run the layers.
 
         Args:
@@ -73,6 +85,7 @@ class Stack(ABC):
                 smaller than its own; -1 where it follows the committed ones. A row sees these, and the
                 uncommitted rows from parent to parent.
             pending: uncommitted rows of earlier calls that still stand in each slot.
+            adapted: the adapter of the pass and its rows [B, N].
 
         Returns:
             [B, N, d] float32.
@@ -118,7 +131,9 @@ class TorchStack(Stack):
     def reserve(self, slots: int, length: int) -> None:
         self._cache.reserve(slots, length)
 
-    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(
+        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+    ) -> Tensor:
         batch, count, _ = x.shape
         visible = ancestors(parents)[:, pending:]
         view = self._cache.view(slice(first_slot, first_slot + batch), count, pending)
@@ -127,7 +142,8 @@ class TorchStack(Stack):
         mask = grouped_mask(view.mask(visible), self._shape, self._dtype)
         x = x.float() if self._join is None else self._join(x)
         for index in range(len(self._layers)):
-            x = self._layers[index](x, rotary, mask, view, index)
+            terms = NO_TERMS if adapted is None else adapted.terms(index)
+            x = self._layers[index](x, rotary, mask, view, index, terms)
         return x if self._norm is None else self._norm(x)
 
     def keep(self, slot: int, rows: list[int]) -> None:
@@ -135,6 +151,11 @@ class TorchStack(Stack):
 
     def move(self, source: int, destination: int) -> None:
         self._cache.move(source, destination)
+
+    def open(self) -> OpenLayers:
+        """Copies of the layers to train through."""
+        assert self._norm is not None
+        return OpenLayers([opened(self._layers[i]) for i in range(len(self._layers))], self._rope, self._norm)
 
 
 def stack_class(native: bool) -> type[Stack]:

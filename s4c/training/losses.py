@@ -51,20 +51,34 @@ class Lesson:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, batch: TrainingBatch, token_ids: Tensor, head: Tensor) -> Lesson:
+    def of(cls, batch: TrainingBatch, token_ids: Tensor, head: Tensor, wanted: Tensor | None = None) -> Lesson:
         """Compute once for a batch what all heads are taught.
 
         Args:
             batch: the batch.
             token_ids: [V'] int64, ascending.
             head: [V', d], the rows of the target's LM head for these tokens.
+            wanted: [B, T] bool, the positions that are wanted; None for all of them.
         """
         next_position = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
         counts = (next_position >= batch.answer_start[:, None]) & (next_position < batch.length[:, None])
+        if wanted is not None:
+            counts &= wanted
         row, position = counts.nonzero(as_tuple=True)
         feature = batch.features[row, position]
         law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
         return cls(row, position, columns_of(batch.tokens[row, position + 1], token_ids), law, feature)
+
+
+def wanted_by(predictions: list[Prediction]) -> Tensor | None:
+    """[B, T] bool, the positions of a lesson that some prediction is about; None where that is every position."""
+    wanted: Tensor | None = None
+    for prediction in predictions:
+        if prediction.made is None:
+            return None
+        about = F.pad(prediction.made, (prediction.offset - 1, 0))[:, : prediction.made.shape[1]]
+        wanted = about if wanted is None else wanted | about
+    return wanted
 
 
 def columns_of(tokens: Tensor, token_ids: Tensor) -> Tensor:
@@ -86,10 +100,12 @@ def head_loss(prediction: Prediction, lesson: Lesson, autocast: torch.dtype | No
     """The terms of one head, each a mean over the positions at which it counts.
 
     A prediction made at position t belongs to position u = t + offset - 1 of the lesson; where t would lie before
-    the text there is none. The LM head runs under `autocast`, the rest in float32.
+    the text, or none was made at t, there is none. The LM head runs under `autocast`, the rest in float32.
     """
     made_at = lesson.position - (prediction.offset - 1)
     exists = made_at >= 0
+    if prediction.made is not None:
+        exists &= prediction.made[lesson.row, made_at.clamp(min=0)]
     row, at, column, law, feature = lesson.row, made_at, lesson.column, lesson.law, lesson.feature
     if not exists.all():
         row, at, column, law, feature = (x[exists] for x in (row, at, column, law, feature))
@@ -166,9 +182,9 @@ class CompositeLoss(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its terms by name (`lm/1` is that of the first head), detached."""
-        lesson = Lesson.of(batch, self.model.token_ids, self.head)
         with casting(self.head.device, self.autocast):
             predictions = self.model.predictions(batch)
+        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(predictions))
         terms = [head_loss(prediction, lesson, self.autocast) for prediction in predictions]
         weights = self.weights
         loss = torch.stack(

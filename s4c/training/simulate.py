@@ -1,8 +1,9 @@
-"""How much a drafter would gain, told from recorded text alone: no pass of the target.
+"""How much a drafter would gain, told from recorded text: without a pass of the target where it has no probes.
 
 At temperature 0 the target's choice at every node of the accepted path is what it wrote when the text was
 recorded, and its features there are those of the text. So the real drafter can be driven round by round over held-out
-answers, and what it commits per round is the mean acceptance length (MAL) that it would reach.
+answers, and what it commits per round is the mean acceptance length (MAL) that it would reach. What a probe gives
+no record tells: drafters that have probes are driven with passes of the target, and judged by the record all the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s4c.drafters.base import Drafter, DraftModel, Prediction, Sequences, TrainingBatch
+from s4c.models.base import Target
 from s4c.training.data import Row
 from s4c.training.losses import columns_of
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
@@ -66,6 +68,7 @@ def simulate(
     vocab_size: int,
     *,
     device: torch.device,
+    target: Target | None = None,
     slots: int = 32,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Simulation:
@@ -78,21 +81,32 @@ def simulate(
         plan: the tree.
         vocab_size: V.
         device: where the drafter works.
+        target: what a drafter with probes drafts for; its slots are used.
         slots: most rows at once.
         advance: told how many tokens each round committed.
     """
+    passes = target if drafter.probes else None
+    assert passes is not None or not drafter.probes, "probes need passes of the target"
     waiting = [r for r in range(len(rows) - 1, -1, -1) if rows[r].answer_ids]
     running: list[_Running] = []
     noise = NoiseTable(vocab_size, device)
     result = Simulation(0, 0, [])
-    drafter.reserve(min(slots, len(waiting)), max((len(row) for row in rows), default=0) + 1)
+    room = min(slots, len(waiting)), max((len(row) for row in rows), default=0) + 1
+    drafter.reserve(*room)
+    if passes is not None:
+        passes.reserve(*room)
     while waiting or running:
         while waiting and len(running) < slots:
-            running.append(_start(drafter, len(running), rows[waiting[-1]], features(waiting[-1]).to(device).float()))
-            waiting.pop()
+            row, slot = waiting.pop(), len(running)
+            running.append(_start(drafter, slot, rows[row], features(row).to(device).float()))
+            if passes is not None:
+                passes.prefill(slot, torch.tensor(rows[row].prompt_ids[:-1], dtype=torch.int64, device=device))
         sequences = _sequences(running, plan, noise)
         tree = drafter.propose(sequences)
         verdict, output = _judge(tree, running, sequences.positions)
+        if passes is not None:
+            output = passes.verify(tree)
+            passes.commit(verdict)
         drafter.commit(tree, verdict, output)
         committed = _count(result, running, verdict)
         advance(committed)
@@ -101,6 +115,8 @@ def simulate(
                 last = running.pop()
                 if slot < len(running):
                     drafter.move(len(running), slot)
+                    if passes is not None:
+                        passes.move(len(running), slot)
                     running[slot] = last
     return result
 
@@ -205,6 +221,8 @@ def _ranks(prediction: Prediction, batch: TrainingBatch, token_ids: Tensor) -> t
     """For each token of a batch whether its prediction counts, [B, T] bool, and its rank, [B, T] int64 up to RANKS."""
     index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     counts = (index >= batch.answer_start[:, None]) & (index < batch.length[:, None]) & (index >= prediction.offset)
+    if prediction.made is not None:
+        counts &= F.pad(prediction.made, (prediction.offset, 0))[:, : len(index)]
     row, about = counts.nonzero(as_tuple=True)
     logits = prediction.logits(prediction.hidden[row, about - prediction.offset]).float()
     column = columns_of(batch.tokens[row, about], token_ids)

@@ -382,7 +382,13 @@ class Trainer:
             plan = TreePlan.parse(self.config.tree or drafter.default_tree)
             spec, device = self.target.spec, self.target.device
             simulation = simulate(
-                drafter, self.validation, self.held_features.__getitem__, plan, spec.vocab_size, device=device
+                drafter,
+                self.validation,
+                self.held_features.__getitem__,
+                plan,
+                spec.vocab_size,
+                device=device,
+                target=self.target,
             )
             heads = HeadAcceptance()
             for rows in batch_order([len(row) for row in self.validation], self.config.batch_tokens, 0, 0):

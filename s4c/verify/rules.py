@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify import tree as trees
 from s4c.verify.scores import COIN_STREAM, RESIDUAL_STREAM, Scores, check_chosen, choose, generator, seed_of
 
 Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
@@ -41,17 +40,9 @@ Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 
 def coupled(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     """The coupled rule; see the head of this file."""
-    processed = scores.process_tree(output.logits, tree)
-    noise = None if scores.greedy else scores.noise(token_positions(tree, scores))
-    verdict = follow(tree, choose(processed, noise))
+    verdict = follow(tree, scores.choice(output.logits, tree))
     check_chosen(verdict.bonus)
     return verdict
-
-
-def token_positions(tree: DraftTree, scores: Scores) -> Tensor:
-    """[B, N] int64: the position of the token that follows each node."""
-    lengths = torch.tensor([[len(tokens)] for tokens in scores.tokens], device=tree.tokens.device)
-    return lengths if tree.size == 1 else lengths + trees.depths(tree.parents)
 
 
 def follow(tree: DraftTree, choice: Tensor) -> Verdict:
@@ -109,7 +100,7 @@ def rejection(tree: DraftTree, output: TargetOutput, scores: Scores, chance: Cha
     """The rejection rule; see the head of this file."""
     processed = scores.process_tree(output.logits, tree)
     choice = choose(processed, None)
-    positions = token_positions(tree, scores)
+    positions = scores.positions_after(tree)
     chance = chance or SeededChance(scores)
     for row, request in enumerate(scores.params):
         children = _children(tree, row)

@@ -8,7 +8,7 @@ that the token has the law p and is the same whoever computes it (Gumbel couplin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ TARGET_STREAM, DRAFT_STREAM, COIN_STREAM, RESIDUAL_STREAM = range(4)
 NOT_FINITE, ALL_EXCLUDED = -1, -2
 """What stands for the token of a node without a law: no child bears it."""
 
+Highest = Callable[[Tensor, Sequence[float], Sequence[Tensor | None]], tuple[Tensor, Tensor]]
+"""What a runtime may have a kernel for: `highest` of rows [R, V], each divided by its temperature (0: as it is) and
+with its noise [V] added (None: none), the same bit by bit."""
+
 MAXIMUM_BLOCK = 256
 """Tokens among which an index is looked for at once."""
 
@@ -38,8 +42,9 @@ def generator(seed: int, stream: int, position: int) -> np.random.Generator:
 
 def gumbel(seed: int, stream: int, position: int, size: int) -> np.ndarray:
     """[size] float32 of standard Gumbel noise: -log of a standard exponential."""
-    exponential = generator(seed, stream, position).standard_exponential(size)
-    return -np.log(np.maximum(exponential, 1e-300)).astype(np.float32)
+    noise = generator(seed, stream, position).standard_exponential(size)
+    np.log(np.maximum(noise, 1e-300, out=noise), out=noise)
+    return np.negative(noise, out=np.empty(size, np.float32), casting="same_kind")
 
 
 class NoiseTable:
@@ -74,6 +79,7 @@ class Scores:
         tokens: B lists of the committed tokens, the root last.
         prompt_lengths: B numbers: how many of the tokens are the prompt's.
         noise: the noise rows, kept from round to round.
+        highest: the runtime's kernel for the tokens of requests that only cool; None where it has none.
     """
 
     def __init__(
@@ -82,7 +88,9 @@ class Scores:
         tokens: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int],
         noise: NoiseTable,
+        highest: Highest | None = None,
     ) -> None:
+        self._highest = highest
         self.params = params
         self.tokens = tokens
         self.noise_table = noise
@@ -128,6 +136,24 @@ class Scores:
         drafted = trees.ancestors(tree.parents)[:, :, 1:] & tree.candidate[:, None, 1:]
         return self.process(logits, tree.tokens[:, 1:].where(tree.candidate[:, 1:], 0), drafted)
 
+    def choice(self, logits: Tensor, tree: DraftTree) -> Tensor:
+        """[B, N] int64: the target's token after each node of a tree, as `choose` marks it; logits are [B, N, V]."""
+        if self._highest is None or not self.only_cools:
+            noise = None if self.greedy else self.noise(self.positions_after(tree))
+            return choose(self.process_tree(logits, tree), noise)
+        temperatures = [request.temperature for request in self.params for _ in range(tree.size)]
+        noise_rows: list[Tensor | None] = [None] * len(temperatures)
+        if not self.greedy:
+            positions = self.positions_after(tree).tolist()
+            noise_rows = [self.noise_row(b, position) for b, row in enumerate(positions) for position in row]
+        best, token = self._highest(logits.flatten(0, 1), temperatures, noise_rows)
+        return marked(best, token).view(tree.tokens.shape)
+
+    def positions_after(self, tree: DraftTree) -> Tensor:
+        """[B, N] int64: the position of the token that follows each node."""
+        lengths = torch.tensor([[len(tokens)] for tokens in self.tokens], device=tree.tokens.device)
+        return lengths if tree.size == 1 else lengths + trees.depths(tree.parents)
+
     def noise(self, positions: Tensor, stream: int = TARGET_STREAM, token_ids: Tensor | None = None) -> Tensor | None:
         """[B, N, V'] float32: the noise of the tokens at [B, N] positions; None when all are greedy.
 
@@ -146,6 +172,17 @@ class Scores:
                 rows.append(row if token_ids is None else row[token_ids])
         offsets = levels * torch.arange(len(self.params), device=positions.device)[:, None]
         return F.embedding(positions - first + offsets, torch.stack(rows))
+
+    def noise_row(self, row: int, position: int) -> Tensor | None:
+        """[V] float32: the noise of the target's tokens at one position of one request; None at temperature 0."""
+        request = self.params[row]
+        return self.noise_table.row(seed_of(request), TARGET_STREAM, position) if request.temperature > 0 else None
+
+    @property
+    def only_cools(self) -> bool:
+        """Whether `process` does no more than divide by the temperature."""
+        warps = any(p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0) for p in self.params)
+        return not (warps or self.uses_history or self._bias is not None)
 
     def _warp(self, logits: Tensor) -> Tensor:
         """Temperature, top-k, top-p, min-p; rows at temperature 0 are left as they are."""
@@ -290,7 +327,11 @@ def choose(processed: Tensor, noise: Tensor | None) -> Tensor:
     A node without a law gets NOT_FINITE (NaN or +inf) or ALL_EXCLUDED (nothing but -inf). That is an error
     only where a token is taken from it (`check_chosen`): drafted text that is never committed may be absurd.
     """
-    best, token = highest(processed if noise is None else processed + noise)
+    return marked(*highest(processed if noise is None else processed + noise))
+
+
+def marked(best: Tensor, token: Tensor) -> Tensor:
+    """The tokens that are highest, and what stands for one where there is no law; see `choose`."""
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, ALL_EXCLUDED, NOT_FINITE))
 
 

@@ -273,6 +273,7 @@ class TreeBuilder:
         level: depth of the frontier.
         tokens: [B, M] int64, the tokens of the pool, the root first.
         parents: [B, M] int64, the pool columns of the parents.
+        path: [B, M] float32, the log of the probability that the drafter gives to the path down to each node.
     """
 
     def __init__(self, plan: TreePlan, roots: Tensor, select: Select) -> None:
@@ -282,7 +283,7 @@ class TreeBuilder:
         self.tokens = roots[:, None]
         self.parents = torch.full_like(self.tokens, -1)
         self.frontier = torch.zeros_like(self.tokens)
-        self._path = torch.zeros(self.tokens.shape, dtype=torch.float32, device=roots.device)
+        self.path = torch.zeros(self.tokens.shape, dtype=torch.float32, device=roots.device)
         self._laws: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -290,13 +291,18 @@ class TreeBuilder:
         """Whether another level is wanted."""
         if self.level >= self.plan.depth or self.plan.nodes < 2:
             return False
-        if self.level and not bool((self._path.gather(1, self.frontier) >= self.plan.floor).any()):
+        if self.level and not bool((self.path.gather(1, self.frontier) >= self.plan.floor).any()):
             return False
-        if self.plan.kind != "best" or self._path.shape[1] < self.plan.nodes:
+        if self.plan.kind != "best" or self.path.shape[1] < self.plan.nodes:
             return True
         # A child is never more probable than its parent: stop when no frontier node can beat the N-th best.
-        worst_kept = self._path.topk(self.plan.nodes, dim=1).values[:, -1]
-        return bool((self._path.gather(1, self.frontier).amax(1) > worst_kept).any())
+        worst_kept = self.path.topk(self.plan.nodes, dim=1).values[:, -1]
+        return bool((self.path.gather(1, self.frontier).amax(1) > worst_kept).any())
+
+    @property
+    def confidence(self) -> Tensor:
+        """[B] float32: the highest path probability of a node on the frontier, with the noise that it was drawn by."""
+        return self.path.gather(1, self.frontier).amax(1).exp()
 
     def extend(self, scores: Tensor, token_ids: Tensor | None = None, law: Tensor | None = None) -> None:
         """Add children to every node of the frontier and choose the next frontier.
@@ -312,12 +318,12 @@ class TreeBuilder:
         top, index, total = self._select(scores, width)
         # The clamp: a row of nothing but -inf gives children of probability 0, not NaN.
         total = total.clamp(min=torch.finfo(scores.dtype).min)
-        path = self._path.gather(1, self.frontier)[..., None] + (top - total)
+        path = self.path.gather(1, self.frontier)[..., None] + (top - total)
         tokens = index if token_ids is None else token_ids[index]
         first = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens.flatten(1)], 1)
         self.parents = torch.cat([self.parents, self.frontier.repeat_interleave(width, 1)], 1)
-        self._path = torch.cat([self._path, path.flatten(1)], 1)
+        self.path = torch.cat([self.path, path.flatten(1)], 1)
         if law is not None:
             self._laws.append((self.frontier, law))
         self.level += 1
@@ -328,7 +334,7 @@ class TreeBuilder:
             self.frontier = torch.full((batch, 1), first, device=tokens.device)
 
     def finish(self, sampled: Tensor | None = None) -> DraftTree:
-        """The tree, parents before their children, siblings in the order of their scores.
+        """The tree, parents before their children, siblings in the order of their scores; the pool becomes it.
 
         Children without a probability (fewer tokens in the drafter's law than children) are no candidates.
 
@@ -337,19 +343,19 @@ class TreeBuilder:
         """
         if sampled is None:
             sampled = torch.zeros(self.tokens.shape[0], dtype=torch.bool, device=self.tokens.device)
-        tokens, parents, path = self.tokens, self.parents, self._path
         if self.plan.kind == "best":
             assert not sampled.any(), "the shape of a best tree depends on its draws"
             assert not self._laws, "the laws of a best tree are not kept"
             # Stable: of equals the earlier one, so no node is kept without its parent.
-            order = path.argsort(stable=True, dim=1, descending=True)
+            order = self.path.argsort(stable=True, dim=1, descending=True)
             kept = order[:, : self.plan.nodes].sort(dim=1).values
-            tokens, path = tokens.gather(1, kept), path.gather(1, kept)
-            parents = torch.searchsorted(kept, parents.gather(1, kept))
-            parents[:, 0] = -1
-        candidate = path.isfinite()
+            self.tokens, self.path = self.tokens.gather(1, kept), self.path.gather(1, kept)
+            self.parents = torch.searchsorted(kept, self.parents.gather(1, kept))
+            self.parents[:, 0] = -1
+        candidate = self.path.isfinite()
         candidate[:, 0] = False
-        return DraftTree(tokens, parents, candidate, sampled, self._log_q(tokens.shape[1]), path[:, None])
+        log_q = self._log_q(self.tokens.shape[1])
+        return DraftTree(self.tokens, self.parents, candidate, sampled, log_q, self.path[:, None])
 
     def _log_q(self, size: int) -> Tensor | None:
         if not self._laws:

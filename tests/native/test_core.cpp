@@ -11,17 +11,6 @@
 #include <thread>
 #include <vector>
 
-extern "C" {
-void s4c_variants(char* out, int size);
-int s4c_choose(const char* name);
-void s4c_set_threads(int threads);
-int s4c_threads();
-int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents);
-int s4c_linear(const Linear* linear, const float* x, int count, float* out);
-void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
-}
-
 #define CHECK(condition)                                                             \
     do {                                                                             \
         if (!(condition)) {                                                          \
@@ -121,16 +110,16 @@ struct Model {
         stack = {shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, LAYERS, 1e-5f, 1.0f,
                  frequencies.data(), norm.data(), nullptr, {}, layers.data()};
         size_t cells = static_cast<size_t>(LAYERS * SLOTS * shape.kv_heads) * ROWS / (kind == FLOAT32 ? 1 : 2);
-        keys.resize(cells * static_cast<size_t>(shape.head_dim));
+        keys.resize(cells * up(shape.head_dim, 32));
         values.resize(cells * up(shape.head_dim, 16));
         cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
     }
 
-    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0) const {
+    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0, const uint8_t* adapted = nullptr) const {
         Floats out(x.size());
         int count = static_cast<int>(x.size()) / shape.hidden / batch;
         CHECK(parents.size() == static_cast<size_t>(batch * (pending + count)));
-        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data()) == 0);
+        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data(), adapted) == 0);
         return out;
     }
 
@@ -221,6 +210,85 @@ void rows_know_no_other(int kind, int inputs, int outputs, unsigned seed) {
     }
 }
 
+// The trees of two sequences drafted together are those of each alone.
+void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned seed) {
+    const Shape shape{24, 32, 4, 2, 6, false, false};
+    constexpr int HEADS = 2, VOCABULARY = 50, LONGEST = 4, DEPTH = 4;
+    const size_t d = 24;
+    const Plan plan{best, 3, DEPTH, best ? 9 : 3 * DEPTH + 1, expanded, -1e30f};
+    const int counts[2] = {2, LONGEST};
+    std::vector<int64_t> ids(VOCABULARY), tokens{7, 3, 0, 0, 1, 2, 3, 4};
+    for (int i = 0; i < VOCABULARY; i++) ids[static_cast<size_t>(i)] = i;
+    Floats embedding = noise(VOCABULARY * d, seed), features = noise(2 * LONGEST * d, seed + 1), gumbel = noise(VOCABULARY, seed + 2);
+    const float temperatures[2] = {0.0f, 0.8f};
+    Weights lm_head(kind, 24, VOCABULARY, seed + 3, false), joins[2] = {{kind, 48, 24, seed + 4, false}, {kind, 48, 24, seed + 5, true}};
+    auto draft = [&](int first, int batch) {
+        Model models[2] = {{kind, shape, seed + 100}, {kind, shape, seed + 200}};
+        const Stack* stacks[2];
+        const Cache* caches[2];
+        for (int h = 0; h < HEADS; h++) {
+            models[h].stack.join_norm = models[h].norm.data(), models[h].stack.join = joins[h].c;
+            stacks[h] = &models[h].stack, caches[h] = &models[h].cache;
+        }
+        const Linear* products[1] = {&lm_head.c};
+        Heads heads{HEADS, 1, stacks, caches, products, ids.data(), embedding.data(), 0};
+        Floats carry(static_cast<size_t>(batch) * d);
+        std::vector<const float*> rows;
+        for (int b = first; b < first + batch; b++) rows.insert(rows.end(), DEPTH, b ? gumbel.data() : nullptr);
+        const int32_t lengths[2] = {0, 0};
+        Round round{batch, LONGEST, tokens.data() + first * LONGEST, counts + first, lengths, features.data() + static_cast<size_t>(first * LONGEST) * d,
+                    carry.data(), temperatures + first, rows.data()};
+        std::vector<int64_t> out(static_cast<size_t>(2 * batch * plan.nodes));
+        Floats path(static_cast<size_t>(batch * plan.nodes));
+        CHECK(s4c_draft(&heads, &plan, &round, plan.nodes, out.data(), out.data() + batch * plan.nodes, path.data()) == plan.nodes);
+        return out;
+    };
+    auto both = draft(0, 2);
+    for (int b = 0; b < 2; b++) {
+        auto alone = draft(b, 1);
+        for (int part = 0; part < 2; part++)
+            CHECK(std::memcmp(&both[static_cast<size_t>((2 * part + b) * plan.nodes)], &alone[static_cast<size_t>(part * plan.nodes)], sizeof(int64_t) * static_cast<size_t>(plan.nodes)) == 0);
+    }
+}
+
+void the_highest_is_found(int columns, unsigned seed) {
+    Floats x = noise(3 * static_cast<size_t>(columns), seed), gumbel = noise(static_cast<size_t>(columns), seed + 1), values(3);
+    const float temperatures[3] = {0.0f, 0.5f, 2.0f}, *rows[3] = {nullptr, gumbel.data(), nullptr};
+    std::vector<int64_t> indices(3);
+    CHECK(s4c_highest(x.data(), 3, columns, temperatures, rows, values.data(), indices.data()) == 0);
+    for (size_t r = 0; r < 3; r++)
+        for (size_t i = 0; i < static_cast<size_t>(columns); i++) {
+            float cooled = temperatures[r] == 0.0f ? x[r * static_cast<size_t>(columns) + i] : x[r * static_cast<size_t>(columns) + i] / temperatures[r];
+            CHECK((rows[r] ? cooled + gumbel[i] : cooled) <= values[r]);
+            CHECK(indices[r] >= 0 && indices[r] < columns);
+        }
+}
+
+// Low-rank terms act at the rows that are named: a row gets the same with and without them where they are not on its path.
+void terms_act_at_their_rows_alone(int kind, unsigned seed) {
+    constexpr int RANK = 3;
+    Model model(kind, {33, 47, 8, 1, 20, false, true}, seed);
+    std::vector<Floats> kept;
+    std::vector<LowRank> terms(4 * Model::LAYERS);
+    for (size_t l = 0; l < Model::LAYERS; l++) {
+        Layer& layer = model.layers[l];
+        size_t at = 4 * l;
+        for (Linear* linear : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
+            kept.push_back(noise(static_cast<size_t>(RANK * linear->inputs), seed));
+            kept.push_back(noise(RANK * up(linear->outputs, 16), seed + 1));
+            terms[at] = {RANK, kept[kept.size() - 2].data(), kept.back().data()};
+            linear->low_rank = &terms[at++];
+        }
+    }
+    Floats x = noise(6 * 33, seed);
+    const Parents parents{-1, 0, 1, 0, 3, 0};
+    const uint8_t adapted[] = {0, 0, 1, 0, 1, 1};
+    Floats plain = model.run(x, 1, 0, parents), with = model.run(x, 1, 0, parents, 0, adapted);
+    for (size_t r = 0; r < 6; r++) CHECK(same(model.row(plain, r), model.row(with, r)) == !adapted[r]);
+    Floats path(x.begin(), x.begin() + 3 * 33);
+    CHECK(same(model.row(model.run(path, 1, 0, {-1, 0, 1}, 0, adapted), 2), model.row(with, 2)));
+}
+
 // Callers at once, while the pool changes its size.
 void callers_take_turns(int kind) {
     const Shape shape{20, 30, 4, 2, 8, false, false};
@@ -253,9 +321,13 @@ void check(const std::string& name) {
             speculative_is_plain(kind, {33, 47, 8, 1, 20, false, true}, 21, 13, seed++);
             speculative_is_plain(kind, {64, 96, 5, 5, 80, false, false}, 64, 6, seed++);
             speculative_is_plain(kind, {1, 1, 1, 1, 2, false, false}, 3, 1, seed++);
+            terms_act_at_their_rows_alone(kind, seed++);
         }
         callers_take_turns(kind);
+        drafts_know_no_other_sequence(kind, true, 4, 300);
+        drafts_know_no_other_sequence(kind, false, 4, 301);
     }
+    for (int columns : {1, 16, 255, 1000}) the_highest_is_found(columns, 7);
     s4c_set_threads(1);
 }
 

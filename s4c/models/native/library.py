@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,12 @@ from pathlib import Path
 import torch
 
 SWITCH = "S4C_NATIVE"
+
+
+class CLowRank(Structure):
+    """`LowRank` of core.h."""
+
+    _fields_ = [("rank", c_int32), ("down", c_void_p), ("up", c_void_p)]
 
 
 class CLinear(Structure):
@@ -29,6 +36,7 @@ class CLinear(Structure):
         ("scale", c_void_p),
         ("sums", c_void_p),
         ("bias", c_void_p),
+        ("low_rank", POINTER(CLowRank)),
     ]
 
 
@@ -68,6 +76,42 @@ class CCache(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int32), ("rows", c_int32), ("half", c_int32)]
 
 
+class CHeads(Structure):
+    """`Heads` of core.h."""
+
+    _fields_ = [
+        ("count", c_int32),
+        ("products", c_int32),
+        ("stack", POINTER(c_void_p)),
+        ("cache", POINTER(c_void_p)),
+        ("lm_head", POINTER(c_void_p)),
+        ("token_ids", c_void_p),
+        ("embedding", c_void_p),
+        ("half", c_int32),
+    ]
+
+
+class CPlan(Structure):
+    """`Plan` of core.h."""
+
+    _fields_ = [*((name, c_int32) for name in ("best", "width", "depth", "nodes", "expanded")), ("floor", c_float)]
+
+
+class CRound(Structure):
+    """`Round` of core.h."""
+
+    _fields_ = [
+        ("batch", c_int32),
+        ("longest", c_int32),
+        *((name, c_void_p) for name in ("tokens", "counts", "lengths", "features", "carry", "temperatures", "noise")),
+    ]
+
+
+def pointers(addresses: Sequence[int | None]) -> ctypes.Array[c_void_p]:
+    """An array of addresses."""
+    return (c_void_p * len(addresses))(*addresses)
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The core, ready to run; or the reason why it is not."""
@@ -86,8 +130,10 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_set_threads.argtypes = [c_int]
     core.s4c_linear.argtypes = [POINTER(CLinear), c_void_p, c_int, c_void_p]
     core.s4c_top.argtypes = [c_void_p, *[c_int] * 3, *[c_void_p] * 3]
-    core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 2]
+    core.s4c_highest.argtypes = [c_void_p, *[c_int] * 2, *[c_void_p] * 4]
+    core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 3]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
+    core.s4c_draft.argtypes = [POINTER(CHeads), POINTER(CPlan), POINTER(CRound), c_int, *[c_void_p] * 3]
     names = _names(core)
     if wanted and wanted not in names:
         raise ValueError(f"{SWITCH} is {wanted!r}; on this machine it must be one of {', '.join(names)}, off")
@@ -137,5 +183,5 @@ def threads() -> int:
 
 def check(status: int) -> None:
     """Raise what a call of the core reported."""
-    if status:
+    if status < 0:
         raise MemoryError("the native runtime is out of memory")

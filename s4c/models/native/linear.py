@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s4c.models.adapter import LowRank
 from s4c.models.native import library
-from s4c.models.native.library import CLinear
+from s4c.models.native.library import CLinear, CLowRank
 
 BLOCK = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -120,3 +121,17 @@ class NativeLinear:
         assert not self._pair
         rows = self._packed.transpose(1, 2).flatten(2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
         return rows if self._scale is None else rows * self._scale[: self.shape[0], None]
+
+
+class NativeLowRank:
+    """A low-rank term in the layout that the kernels read.
+
+    Args:
+        term: what is added to a product.
+        pair: whether its outputs are those of gate and up.
+    """
+
+    def __init__(self, term: LowRank, pair: bool) -> None:
+        self._down = term.down.float().contiguous()
+        self._up = _blocks(term.up.float(), pair).T.contiguous()
+        self.c = CLowRank(len(self._down), self._down.data_ptr(), self._up.data_ptr())

@@ -1,6 +1,9 @@
-"""What drafting asks of rows of scores, on the native kernels."""
+"""What drafting and judging ask of rows of scores, on the native kernels."""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,3 +26,19 @@ def native_top_and_total(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Te
     pointers = (top.data_ptr(), index.data_ptr(), total.data_ptr())
     library.check(library.core().s4c_top(scores.data_ptr(), total.numel(), columns, count, *pointers))
     return top, index, total
+
+
+def native_highest(
+    logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`highest` of cooled and noisy rows, in one pass; see `s4c.verify.scores.Highest`."""
+    logits = logits.contiguous()
+    rows, columns = logits.shape
+    assert logits.dtype == torch.float32
+    assert len(temperatures) == len(noise) == rows
+    values, indices = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    cooling = (ctypes.c_float * rows)(*temperatures)
+    noisy = library.pointers([None if row is None else row.data_ptr() for row in noise])
+    arrays = (cooling, noisy, values.data_ptr(), indices.data_ptr())
+    library.check(library.core().s4c_highest(logits.data_ptr(), rows, columns, *arrays))
+    return values, indices

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s4c.models.adapter import PRODUCTS, AdaptedRows, Adapter
 from s4c.models.cache import ROWS_PER_GROWTH
 from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm
 from s4c.models.native import library
 from s4c.models.native.library import CCache, CLayer, CLinear, CStack
-from s4c.models.native.linear import BLOCK, NativeLinear
+from s4c.models.native.linear import BLOCK, NativeLinear, NativeLowRank
 from s4c.models.stack import Rope, Stack
 
 
@@ -41,9 +43,10 @@ class NativeStack(Stack):
         self._join_norm = None if join is None else join.norm.weight.data.float().contiguous()
         self._join = None if join is None else NativeLinear(join.linear.weight, join.linear.bias, dtype)
         self._kept: dict[int, list[Any]] = {}
-        self._keys = torch.zeros(layers, 0, shape.kv_heads, 0, shape.head_dim, BLOCK, dtype=self._cell)
-        self._values = torch.zeros(layers, 0, shape.kv_heads, 0, -(-shape.head_dim // BLOCK) * BLOCK, dtype=self._cell)
-        self._stack = CStack(
+        self._adapter: Adapter | None = None
+        self._terms: list[NativeLowRank] = []
+        self._keys, self._values = _cells(layers, shape, self._cell)
+        self.c_stack = CStack(
             shape.hidden,
             shape.intermediate,
             shape.heads,
@@ -58,7 +61,7 @@ class NativeStack(Stack):
             CLinear() if self._join is None else self._join.c,
             self._layers,
         )
-        self._cache = CCache(half=int(self._cell != torch.float32))
+        self.c_cache = CCache(half=int(self._cell != torch.float32))
 
     def place(self, index: int, layer: DecoderLayer) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -74,20 +77,18 @@ class NativeStack(Stack):
         self._layers[index] = CLayer(first, *(heads or (None, None)), last, *(product.c for product in products))
 
     def reserve(self, slots: int, length: int) -> None:
-        old_slots, old_rows = self._values.shape[1], self._values.shape[3]
+        old_slots, old_rows = self.c_cache.slots, self.c_cache.rows
         if slots <= old_slots and length <= old_rows:
             return
         slots, rows = max(slots, old_slots), max(old_rows, -(-length // ROWS_PER_GROWTH) * ROWS_PER_GROWTH)
-        for name, height in (("_keys", rows // BLOCK), ("_values", rows)):
-            old = getattr(self, name)
-            grown = old.new_zeros(old.shape[0], slots, old.shape[2], height, *old.shape[4:])
-            grown[:, :old_slots, :, : old.shape[3]] = old
-            setattr(self, name, grown)
-        self._cache.keys, self._cache.values = self._keys.data_ptr(), self._values.data_ptr()
-        self._cache.slots, self._cache.rows = slots, rows
+        self._keys, self._values = self._keys.grown(slots, rows), self._values.grown(slots, rows)
+        self.c_cache.keys, self.c_cache.values = self._keys.tensor.data_ptr(), self._values.tensor.data_ptr()
+        self.c_cache.slots, self.c_cache.rows = slots, rows
         self.lengths += [0] * (slots - len(self.lengths))
 
-    def run(self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0) -> Tensor:
+    def run(
+        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+    ) -> Tensor:
         batch, count, width = x.shape
         slots = slice(first_slot, first_slot + batch)
         self.reserve(slots.stop, max(self.lengths[slots], default=0) + pending + count)
@@ -96,10 +97,11 @@ class NativeStack(Stack):
         assert parents.shape == (batch, pending + count)
         assert parents.dtype == torch.int64
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
+        rows = None if adapted is None else self._adapt(adapted)
         out = torch.empty(batch, count, self._shape.hidden)
         status = library.core().s4c_pass(
-            ctypes.byref(self._stack),
-            ctypes.byref(self._cache),
+            ctypes.byref(self.c_stack),
+            ctypes.byref(self.c_cache),
             x.data_ptr(),
             out.data_ptr(),
             batch,
@@ -108,15 +110,31 @@ class NativeStack(Stack):
             first_slot,
             lengths,
             parents.data_ptr(),
+            None if rows is None else rows.data_ptr(),
         )
         library.check(status)
         return out
+
+    def _adapt(self, adapted: AdaptedRows) -> Tensor:
+        """[B, N] uint8, where the low-rank terms act; those of another adapter are taken away."""
+        if adapted.adapter is not self._adapter:
+            self._adapter = adapted.adapter
+            terms = [
+                {name: NativeLowRank(term, name == "gate_up") for name, term in layer.items()}
+                for layer in adapted.adapter.layers
+            ]
+            for index, layer in enumerate(self._layers):
+                for name in PRODUCTS:
+                    pointer = ctypes.pointer(terms[index][name].c) if terms else None
+                    getattr(layer, name).low_rank = pointer
+            self._terms = [term for layer in terms for term in layer.values()]
+        return adapted.rows.to(torch.uint8).contiguous()
 
     def keep(self, slot: int, rows: list[int]) -> None:
         shape, start = self._shape, self.lengths[slot]
         if rows[-1] != len(rows) - 1:
             library.core().s4c_keep(
-                ctypes.byref(self._cache),
+                ctypes.byref(self.c_cache),
                 len(self._layers),
                 shape.kv_heads,
                 shape.head_dim,
@@ -129,6 +147,42 @@ class NativeStack(Stack):
 
     def move(self, source: int, destination: int) -> None:
         length = self.lengths[source]
-        for cells, count in ((self._keys, -(-length // BLOCK)), (self._values, length)):
-            cells[:, destination, :, :count] = cells[:, source, :, :count]
+        for cells in (self._keys, self._values):
+            cells.rows(destination, length).copy_(cells.rows(source, length))
         self.lengths[destination] = length
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The keys or the values of a cache, as core.h has them.
+
+    Attributes:
+        tensor: [layers, slots, ...], rows `together` of a kind along the dimension `axis`.
+    """
+
+    tensor: Tensor
+    axis: int
+    together: int
+
+    def rows(self, slot: int, count: int) -> Tensor:
+        """A view of the first rows of a slot, whole groups of them."""
+        return self.tensor[:, slot].narrow(self.axis - 1, 0, -(-count // self.together))
+
+    def grown(self, slots: int, rows: int) -> _Cells:
+        """The same cells with room for more; what is new is zero."""
+        old = self.tensor
+        sizes = list(old.shape)
+        sizes[1], sizes[self.axis] = slots, rows // self.together
+        tensor = old.new_zeros(sizes)
+        tensor[:, : old.shape[1]].narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
+        return _Cells(tensor, self.axis, self.together)
+
+
+def _cells(layers: int, shape: LayerShape, cell: torch.dtype) -> tuple[_Cells, _Cells]:
+    """Keys and values without any slot."""
+    slots, wide = (layers, 0, shape.kv_heads), -(-shape.head_dim // BLOCK)
+    if cell == torch.float32:
+        keys = torch.zeros(*slots, 0, shape.head_dim, BLOCK)
+        return _Cells(keys, 3, BLOCK), _Cells(torch.zeros(*slots, 0, wide * BLOCK), 3, 1)
+    keys = torch.zeros(*slots, 0, -(-shape.head_dim // 32) * 16, BLOCK, 2, dtype=cell)
+    return _Cells(keys, 3, BLOCK), _Cells(torch.zeros(*slots, wide, 0, BLOCK, 2, dtype=cell), 4, 2)

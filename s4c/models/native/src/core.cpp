@@ -184,7 +184,7 @@ struct Core {
     Pool pool;
     int threads = 1;
     const Variant* variant = nullptr;
-    Buffer x, wide, inputs, scales, context, angles, scores;
+    Buffer x, wide, inputs, scales, context, angles, scores, inner;
     std::vector<int32_t> slot, prefix, path_start, path;
 };
 
@@ -217,8 +217,6 @@ int guarded(Work work) {
     }
 }
 
-size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
-
 size_t input_bytes(const Linear& linear) {
     size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
     return static_cast<size_t>(linear.padded) * width;
@@ -243,30 +241,21 @@ void read_rows(Core& c, int batch, int count, int pending, int first_slot, const
         }
 }
 
-template <class Cell>
+template <class Place>
 void keep_rows(const Cache& cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
-    size_t size = static_cast<size_t>(head_dim), wide = round_up(size, 16), all = static_cast<size_t>(cache.rows);
     for (int layer = 0; layer < layers; layer++)
         for (int head = 0; head < heads; head++) {
-            size_t at = (static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot)) *
-                            static_cast<size_t>(heads) + static_cast<size_t>(head);
-            Cell* keys = static_cast<Cell*>(cache.keys) + at * all * size;
-            Cell* values = static_cast<Cell*>(cache.values) + at * all * wide;
+            Place at(cache, place_of(cache, heads, layer, slot, head), head_dim);
             for (int i = 0; i < count; i++) {
                 size_t from = static_cast<size_t>(start + rows[i]), to = static_cast<size_t>(start + i);
                 if (from == to) continue;
-                for (size_t k = 0; k < size; k++)
-                    keys[(to / 16 * size + k) * 16 + to % 16] = keys[(from / 16 * size + k) * 16 + from % 16];
-                std::memcpy(values + to * wide, values + from * wide, wide * sizeof(Cell));
+                for (size_t k = 0; k < static_cast<size_t>(head_dim); k++) *at.key(to, k) = *at.key(from, k), *at.value(to, k) = *at.value(from, k);
             }
         }
 }
 
 }  // namespace
 
-extern "C" {
-
-// The instruction sets that run here, best first, with commas; into a buffer of `size` bytes.
 void s4c_variants(char* out, int size) {
     std::string names;
     for (const auto& variant : VARIANTS)
@@ -275,7 +264,6 @@ void s4c_variants(char* out, int size) {
     out[size - 1] = 0;
 }
 
-// 0, or -1 where that instruction set is not known or does not run here.
 int s4c_choose(const char* name) {
     std::lock_guard<std::mutex> lock(core().mutex);
     for (const auto& variant : VARIANTS)
@@ -296,26 +284,27 @@ int s4c_threads() {
     return core().threads;
 }
 
-// x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
-// the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
-// where the committed ones end. 0, or -1 where memory ran out.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents) {
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted) {
     return guarded([&](Core& c) {
         read_rows(c, batch, count, pending, first_slot, lengths, parents);
         size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
         size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
         size_t widest = qkv;
         for (size_t size : {stack->join_norm ? 2 * hidden : hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
-        size_t input = 0;
+        size_t input = 0, rank = 0;
         const Layer& first = *stack->layer;
-        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) input = std::max(input, input_bytes(*linear));
+        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) {
+            input = std::max(input, input_bytes(*linear));
+            if (adapted && linear->low_rank) rank = std::max(rank, static_cast<size_t>(linear->low_rank->rank));
+        }
         if (stack->join_norm) input = std::max(input, input_bytes(stack->join));
         Scratch s;
         s.wide_stride = round_up(widest, 16) + 16;
         s.input_stride = round_up(input, 64) + 64;
         s.row_scores = round_up(static_cast<size_t>(cache->rows), 16) + 64;
-        s.score_stride = MOST_QUERIES * (s.row_scores + round_up(static_cast<size_t>(stack->head_dim), 16));
+        size_t deep = round_up(static_cast<size_t>(stack->head_dim), 32);
+        s.score_stride = MOST_QUERIES * (s.row_scores + deep) + (cache->half ? 16 / 2 * (s.row_scores + deep) : 0);
         s.x = c.x.get<float>(n * hidden);
         s.wide = c.wide.get<float>(n * s.wide_stride);
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
@@ -323,13 +312,15 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         s.context = c.context.get<float>(n * s.wide_stride);
         s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
         s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
+        s.adapted = adapted;
+        s.inner_stride = rank;
+        s.inner = c.inner.get<float>(n * rank);
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
         auto kernel = c.variant->kernels()->pass;
         c.pool.run([&](Team team) { kernel(*stack, *cache, rows, x, s, out, team); });
     });
 }
 
-// out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     return guarded([&](Core& c) {
         size_t n = static_cast<size_t>(count);
@@ -342,8 +333,6 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
     });
 }
 
-// values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
-// sum of its exponentials; k is from 1 to MOST_TOP and no more than columns. 0, or -1 where memory ran out.
 int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals) {
     return guarded([&](Core& c) {
         auto kernel = c.variant->kernels()->top;
@@ -351,11 +340,16 @@ int s4c_top(const float* x, int count, int columns, int k, float* values, int64_
     });
 }
 
-// Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
-void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
-    std::lock_guard<std::mutex> lock(core().mutex);
-    if (cache->half) keep_rows<uint16_t>(*cache, layers, heads, head_dim, slot, start, rows, count);
-    else keep_rows<float>(*cache, layers, heads, head_dim, slot, start, rows, count);
+int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                int64_t* indices) {
+    return guarded([&](Core& c) {
+        auto kernel = c.variant->kernels()->highest;
+        c.pool.run([&](Team team) { kernel(x, count, columns, temperatures, noise, values, indices, team); });
+    });
 }
 
-}  // extern "C"
+void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
+    std::lock_guard<std::mutex> lock(core().mutex);
+    if (cache->half) keep_rows<HalfRows>(*cache, layers, heads, head_dim, slot, start, rows, count);
+    else keep_rows<FloatRows>(*cache, layers, heads, head_dim, slot, start, rows, count);
+}

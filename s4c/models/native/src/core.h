@@ -5,6 +5,13 @@
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
+// (x A^T) B^T in fp32, what an adapter adds to a product at the rows that a pass names.
+struct LowRank {
+    int32_t rank;
+    const float* down;  // A, [rank, inputs]
+    const float* up;    // B transposed, [rank, outputs padded to 16], in the order of the product's blocks
+};
+
 // y = x W^T + b. W is stored in blocks of 16 outputs, [outputs / 16][inputs / P][16][P], P = 1, 2, 4 inputs of a
 // kind side by side, padded with zeros to whole blocks and to `padded` inputs.
 struct Linear {
@@ -16,6 +23,7 @@ struct Linear {
     const float* scale;   // int8: of each output
     const int32_t* sums;  // int8: of the weights of each output
     const float* bias;    // or null
+    const LowRank* low_rank;  // or null
 };
 
 struct Layer {
@@ -42,13 +50,52 @@ struct Stack {
     const Layer* layer;
 };
 
-// keys   [layers][slots][kv_heads][rows / 16][head_dim][16]
-// values [layers][slots][kv_heads][rows][head_dim padded to 16], both bf16 (half = 1) or fp32
+// The keys and values of rows of cells, for each of [layers][slots][kv_heads], as tiles take them:
+//   fp32             keys [rows / 16][head_dim][16]                      values [rows][head_dim padded to 16]
+//   bf16 (half = 1)  keys [rows / 16][head_dim padded to 32, / 2][16][2]  values [head_dim padded to 16, / 16][rows / 2][16][2]
 struct Cache {
     void* keys;
     void* values;
     int32_t slots, rows, half;
 };
+
+inline size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Where the numbers of one slot and head lie.
+struct FloatRows {
+    float* keys;
+    float* values;
+    size_t size, wide;
+
+    FloatRows(const Cache& cache, size_t at, int head_dim)
+        : keys(static_cast<float*>(cache.keys)), values(static_cast<float*>(cache.values)), size(static_cast<size_t>(head_dim)),
+          wide(round_up(size, 16)) {
+        keys += at * static_cast<size_t>(cache.rows) * size;
+        values += at * static_cast<size_t>(cache.rows) * wide;
+    }
+    float* key(size_t row, size_t i) const { return keys + (row / 16 * size + i) * 16 + row % 16; }
+    float* value(size_t row, size_t i) const { return values + row * wide + i; }
+};
+
+struct HalfRows {
+    uint16_t* keys;
+    uint16_t* values;
+    size_t deep, rows;  // a key with its padding; cells of a block of values
+
+    HalfRows(const Cache& cache, size_t at, int head_dim)
+        : keys(static_cast<uint16_t*>(cache.keys)), values(static_cast<uint16_t*>(cache.values)),
+          deep(round_up(static_cast<size_t>(head_dim), 32)), rows(static_cast<size_t>(cache.rows)) {
+        keys += at * rows * deep;
+        values += at * rows * round_up(static_cast<size_t>(head_dim), 16);
+    }
+    uint16_t* key(size_t row, size_t i) const { return keys + (row / 16 * deep + i / 2 * 2) * 16 + row % 16 * 2 + i % 2; }
+    uint16_t* value(size_t row, size_t i) const { return values + (i / 16 * rows + row / 2 * 2) * 16 + i % 16 * 2 + row % 2; }
+};
+
+inline size_t place_of(const Cache& cache, int kv_heads, int layer, int slot, int head) {
+    size_t line = static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot);
+    return line * static_cast<size_t>(kv_heads) + static_cast<size_t>(head);
+}
 
 // The rows of a pass. A row attends to the first `prefix` cache rows of its slot, then to `path` in order; the
 // last of these is its own.
@@ -68,7 +115,7 @@ struct Team {
 };
 
 constexpr int MOST_TOP = 64;      // that are picked of a row
-constexpr int MOST_QUERIES = 12;  // that are attended to together
+constexpr int MOST_QUERIES = 16;  // that are attended to together
 
 struct Scratch {
     float* x;         // [count, hidden], residual stream
@@ -77,14 +124,50 @@ struct Scratch {
     float* scales;    // [count], of int8 inputs
     float* context;   // [count, wide_stride], attention's or the MLP's
     float* angles;    // [count, head_dim], cosines and sines
-    float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], then as many sums of values
-    size_t wide_stride, input_stride, score_stride, row_scores;
+    float* scores;    // [threads, score_stride]: [MOST_QUERIES, row_scores], as many sums of values, and for halves the
+                      // queries and their weights once more, 16 rows each
+    const uint8_t* adapted;  // [count], whether a row has low-rank terms; or null
+    float* inner;            // [count, inner_stride], x A^T of the product at hand
+    size_t wide_stride, input_stride, score_stride, row_scores, inner_stride;
+};
+
+// Heads that draft one after the other, each a stack with a join and a cache of its own, and the LM head that they share.
+struct Heads {
+    int32_t count, products;      // products: of the LM head, one after the other
+    const Stack* const* stack;    // [count]
+    const Cache* const* cache;    // [count]
+    const Linear* const* lm_head;  // [products]
+    const int64_t* token_ids;     // [outputs of the LM head], the target's token of each
+    const void* embedding;        // [tokens, hidden], bf16 (half = 1) or fp32
+    int32_t half;
+};
+
+// The tree that is wanted: children of a node, levels, nodes with the root. The `expanded` best nodes of a level have
+// children of their own and the best nodes of all are kept (best = 1), or the first node of a level has and all are. No
+// level is wanted below nodes whose paths are all less probable than the floor, a logarithm.
+struct Plan {
+    int32_t best, width, depth, nodes, expanded;
+    float floor;
+};
+
+// What the heads have not seen yet, padded to the longest; the root is the last of each.
+struct Round {
+    int32_t batch, longest;
+    const int64_t* tokens;      // [batch, longest]
+    const int32_t* counts;      // [batch]
+    const int32_t* lengths;     // [batch], committed rows of the caches
+    const float* features;      // [batch, longest, hidden], the target's, one position before each token
+    float* carry;               // [batch, count - 1, hidden], of heads at the last committed row: read, and brought up to date
+    const float* temperatures;  // [batch], 0: greedy
+    const float* const* noise;  // [batch, depth], of the tokens of a position; null: none
 };
 
 struct Kernels {
     void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
     void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
     void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
+    void (*highest)(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                    int64_t* indices, Team);
 };
 
 const Kernels* kernels_amx();
@@ -92,3 +175,42 @@ const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
+
+// The interface. What can fail gives -1 where memory ran out.
+extern "C" {
+
+// The instruction sets that run here, best first, with commas; into a buffer of `size` bytes.
+void s4c_variants(char* out, int size);
+
+// 0, or -1 where that instruction set is not known or does not run here.
+int s4c_choose(const char* name);
+
+void s4c_set_threads(int threads);
+int s4c_threads();
+
+// x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
+// the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
+// where the committed ones end. adapted [batch * count]: whether a row has low-rank terms; or null.
+int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted);
+
+// out [count, outputs] = x [count, inputs] W^T + b.
+int s4c_linear(const Linear* linear, const float* x, int count, float* out);
+
+// values, indices [count, k] and totals [count]: the highest numbers of each row of x [count, columns], and the log of the
+// sum of its exponentials; k is from 1 to MOST_TOP and no more than columns.
+int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals);
+
+// values, indices [count]: where each row of x [count, columns] is highest, divided by its temperature (0: as it is) and with
+// its noise added (null: none); of equals the first, and NaN is above all numbers.
+int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+                int64_t* indices);
+
+// Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
+void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
+
+// A tree for each sequence: tokens, parents and paths (log-probabilities) [batch, size] of room for `most` columns; the
+// size, or -1. The rows of the round stand uncommitted in the caches, which have room for them.
+int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path);
+
+}  // extern "C"

@@ -76,7 +76,21 @@ inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
     return top / 127.0f;
 }
 
-// Turns fp32 rows into what the product reads.
+// The low-rank term of a product at a row; null where it has none.
+inline const LowRank* term_of(const Linear& linear, int row, const Scratch& s) {
+    return s.adapted && s.adapted[row] ? linear.low_rank : nullptr;
+}
+
+float dot(const float* a, const float* b, int size) {
+    vf sums = zero();
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) sums = fma(load(a + i), load(b + i), sums);
+    float sum = sum_lanes(sums);
+    for (; i < size; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Turns fp32 rows into what the product reads, and what its low-rank term reads.
 void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
     char* out = static_cast<char*>(s.inputs) + s.input_stride * static_cast<size_t>(row);
     if (linear.kind == FLOAT32) {
@@ -85,6 +99,11 @@ void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
         to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<uint16_t*>(out));
     } else {
         s.scales[row] = to_int8_row(x, linear.inputs, linear.padded, reinterpret_cast<int8_t*>(out));
+    }
+    if (const LowRank* term = term_of(linear, row, s)) {
+        float* inner = s.inner + s.inner_stride * static_cast<size_t>(row);
+        for (int j = 0; j < term->rank; j++)
+            inner[j] = dot(term->down + static_cast<size_t>(linear.inputs) * static_cast<size_t>(j), x, linear.inputs);
     }
 }
 
@@ -249,15 +268,21 @@ enum class Into { SET, ADD, SWIGLU };
 
 inline vf silu(vf x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
 
-// Scale, bias, and where the sums of one row go.
+// Scale, bias, low-rank term, and where the sums of one row go.
 inline void finish(const Linear& linear, const float* sums, int row, int first_block, int blocks, const Scratch& s, Into into,
                    float* y) {
+    const LowRank* term = term_of(linear, row, s);
     auto output = [&](int b) {
         const float* at = sums + b * BLOCK;
         int first = (first_block + b) * BLOCK;
         vf value = linear.kind == INT8 ? mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + first)))
                                        : load(at);
-        return linear.bias ? add(value, load(linear.bias + first)) : value;
+        if (linear.bias) value = add(value, load(linear.bias + first));
+        for (int j = 0; term && j < term->rank; j++) {
+            float inner = s.inner[s.inner_stride * static_cast<size_t>(row) + static_cast<size_t>(j)];
+            value = fma(load(term->up + static_cast<size_t>(padded(linear.outputs)) * static_cast<size_t>(j) + first), set1(inner), value);
+        }
+        return value;
     };
     if (into == Into::SWIGLU) {
         for (int b = 0; b < blocks; b += 2) store(y + (first_block + b) / 2 * BLOCK, mul(silu(output(b)), output(b + 1)));
@@ -421,28 +446,11 @@ inline void rotate(float* head, const float* angles, int head_dim) {
     }
 }
 
-template <class Cell>
-struct CacheRows {
-    Cell* keys;    // of one slot and head: [rows / 16][head_dim][16]
-    Cell* values;  // [rows][padded head_dim]
-};
-
-template <class Cell>
-inline CacheRows<Cell> cache_rows(const Stack& stack, const Cache& cache, int layer, int slot, int head) {
-    size_t at = (static_cast<size_t>(layer) * static_cast<size_t>(cache.slots) + static_cast<size_t>(slot)) *
-                    static_cast<size_t>(stack.kv_heads) + static_cast<size_t>(head);
-    size_t rows = static_cast<size_t>(cache.rows);
-    return {static_cast<Cell*>(cache.keys) + at * rows * static_cast<size_t>(stack.head_dim),
-            static_cast<Cell*>(cache.values) + at * rows * static_cast<size_t>(padded(stack.head_dim))};
-}
-
 inline void put(float* cell, float x) { *cell = x; }
 inline void put(uint16_t* cell, float x) { *cell = to_bf16(x); }
-inline vf get(const float* cell) { return load(cell); }
-inline vf get(const uint16_t* cell) { return load_bf16(cell); }
 
 // Norms and rotation of one row's heads; its keys and values go into the cache.
-template <class Cell>
+template <class Place>
 void place_row(const Stack& stack, const Layer& layer, int index, const Cache& cache, const Rows& rows, int r, Scratch& s) {
     int size = stack.head_dim;
     float* line = s.wide + s.wide_stride * static_cast<size_t>(r);
@@ -455,13 +463,13 @@ void place_row(const Stack& stack, const Layer& layer, int index, const Cache& c
     }
     int row = rows.path[rows.path_start[r + 1] - 1];
     for (int h = 0; h < stack.kv_heads; h++) {
-        auto at = cache_rows<Cell>(stack, cache, index, rows.slot[r], h);
+        Place at(cache, place_of(cache, stack.kv_heads, index, rows.slot[r], h), size);
         const float* key = line + (stack.heads + h) * size;
         const float* value = line + (stack.heads + stack.kv_heads + h) * size;
-        Cell* keys = at.keys + static_cast<size_t>(row / LANES) * static_cast<size_t>(size) * LANES + row % LANES;
-        Cell* values = at.values + static_cast<size_t>(row) * static_cast<size_t>(padded(size));
-        for (int i = 0; i < size; i++) put(keys + i * LANES, key[i]);
-        for (int i = 0; i < padded(size); i++) put(values + i, i < size ? value[i] : 0.0f);
+        for (int i = 0; i < size; i++) {
+            put(at.key(static_cast<size_t>(row), static_cast<size_t>(i)), key[i]);
+            put(at.value(static_cast<size_t>(row), static_cast<size_t>(i)), value[i]);
+        }
     }
 }
 
@@ -474,6 +482,9 @@ constexpr int QUERIES = 2, VECTORS = 2;
 #endif
 constexpr size_t ROWS_AHEAD = 16;       // values that are fetched early
 constexpr int TOGETHER = MOST_QUERIES;  // queries that read the keys and values of a head together
+#if defined(S4C_AMX)
+constexpr int TAKEN = 32;  // numbers in half precision that a tile register takes in of each row at a time
+#endif
 
 // One head of one row: what it asks, where its answer goes, and which cache rows it sees.
 struct Query {
@@ -484,21 +495,44 @@ struct Query {
 };
 
 // Scores of Q queries against KEYS blocks of sixteen cache rows.
-template <int Q, int KEYS, class Cell>
-inline void score_blocks(const Query* queries, const Cell* keys, int size, float scale, float* scores, size_t stride) {
+template <int Q, int KEYS>
+inline void score_blocks(const Query* queries, const FloatRows& at, int block, int size, float scale, float* scores, size_t stride) {
+    const float* keys = at.key(static_cast<size_t>(block) * LANES, 0);
     vf sums[Q][KEYS];
     for (int q = 0; q < Q; q++)
         for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
     for (int i = 0; i < size; i++) {
         vf key[KEYS];
         for (int b = 0; b < KEYS; b++) {
-            const Cell* at = keys + (static_cast<size_t>(b) * static_cast<size_t>(size) + static_cast<size_t>(i)) * LANES;
-            key[b] = get(at);
-            __builtin_prefetch(at + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
+            const float* cells = keys + (static_cast<size_t>(b) * at.size + static_cast<size_t>(i)) * LANES;
+            key[b] = load(cells);
+            __builtin_prefetch(cells + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
         }
         for (int q = 0; q < Q; q++) {
             vf value = set1(queries[q].head[i]);
             for (int b = 0; b < KEYS; b++) sums[q][b] = fma(key[b], value, sums[q][b]);
+        }
+    }
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < KEYS; b++) store(scores + stride * static_cast<size_t>(q) + b * LANES, mul(sums[q][b], set1(scale)));
+}
+
+template <int Q, int KEYS>
+inline void score_blocks(const Query* queries, const HalfRows& at, int block, int size, float scale, float* scores, size_t stride) {
+    const uint16_t* keys = at.key(static_cast<size_t>(block) * LANES, 0);
+    vf sums[Q][KEYS];
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
+    for (int i = 0; i < size; i += 2) {
+        vf even[KEYS], odd[KEYS];
+        for (int b = 0; b < KEYS; b++) {
+            const uint16_t* cells = keys + (static_cast<size_t>(b) * at.deep + static_cast<size_t>(i)) * LANES;
+            load_bf16_pairs(cells, even[b], odd[b]);
+            __builtin_prefetch(cells + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
+        }
+        for (int q = 0; q < Q; q++) {
+            vf first = set1(queries[q].head[i]), second = set1(queries[q].head[i + 1]);
+            for (int b = 0; b < KEYS; b++) sums[q][b] = fma(odd[b], second, fma(even[b], first, sums[q][b]));
         }
     }
     for (int q = 0; q < Q; q++)
@@ -524,11 +558,19 @@ inline float soften(float* scores, int count) {
     return 1.0f / sum_lanes(sums);
 }
 
+inline vf value_lanes(const FloatRows& at, size_t row, size_t vector) { return load(at.value(row, vector * LANES)); }
+inline vf value_lanes(const HalfRows& at, size_t row, size_t vector) {
+    vf even, odd;
+    load_bf16_pairs(at.value(row / 2 * 2, vector * LANES), even, odd);
+    return row % 2 ? odd : even;
+}
+
 // Adds the weighted values of cache rows [begin, end), or of rows[begin ... end), to the sums of Q queries,
 // [Q][head_dim padded]: V vectors of them. The weight of a row stands at its logical position, `shift` from its index.
-template <int Q, int V, class Cell>
-inline void mix_values(const float* weights, size_t stride, const Cell* values, size_t width, int begin, int end,
+template <int Q, int V, class Place>
+inline void mix_values(const float* weights, size_t stride, const Place& at, size_t vector, size_t width, int begin, int end,
                        const int32_t* rows, int shift, float* out) {
+    out += vector * LANES;
     vf sums[Q][V];
     for (int q = 0; q < Q; q++)
         for (int v = 0; v < V; v++) sums[q][v] = load(out + width * static_cast<size_t>(q) + v * LANES);
@@ -536,9 +578,8 @@ inline void mix_values(const float* weights, size_t stride, const Cell* values, 
         size_t row = static_cast<size_t>(rows ? rows[i] : i);
         vf value[V];
         for (int v = 0; v < V; v++) {
-            const Cell* at = values + row * width + v * LANES;
-            value[v] = get(at);
-            __builtin_prefetch(at + ROWS_AHEAD * width, 0, 3);
+            value[v] = value_lanes(at, row, vector + static_cast<size_t>(v));
+            __builtin_prefetch(at.value(row + ROWS_AHEAD, (vector + static_cast<size_t>(v)) * LANES), 0, 3);
         }
         for (int q = 0; q < Q; q++) {
             vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(shift + i)]);
@@ -549,14 +590,12 @@ inline void mix_values(const float* weights, size_t stride, const Cell* values, 
         for (int v = 0; v < V; v++) store(out + width * static_cast<size_t>(q) + v * LANES, sums[q][v]);
 }
 
-template <int Q, class Cell>
-void mix(const float* weights, size_t stride, const Cell* values, size_t width, int begin, int end, const int32_t* rows,
-         int shift, float* out) {
-    int vectors = static_cast<int>(width) / LANES, v = 0;
-    for (; v + VECTORS <= vectors; v += VECTORS)
-        mix_values<Q, VECTORS>(weights, stride, values + v * LANES, width, begin, end, rows, shift, out + v * LANES);
-    for (; v < vectors; v++)
-        mix_values<Q, 1>(weights, stride, values + v * LANES, width, begin, end, rows, shift, out + v * LANES);
+template <int Q, class Place>
+void mix(const float* weights, size_t stride, const Place& at, size_t width, int begin, int end, const int32_t* rows, int shift,
+         float* out) {
+    size_t vectors = width / LANES, v = 0;
+    for (; v + VECTORS <= vectors; v += VECTORS) mix_values<Q, VECTORS>(weights, stride, at, v, width, begin, end, rows, shift, out);
+    for (; v < vectors; v++) mix_values<Q, 1>(weights, stride, at, v, width, begin, end, rows, shift, out);
 }
 
 // Calls f with a compile-time number of queries, a tile of them at a time: f(number, first query).
@@ -568,55 +607,154 @@ inline void each_tile(int count, F f) {
     for (; q < count; q++) f(std::integral_constant<int, 1>(), q);
 }
 
-// Attention of queries that share a slot and a key head. Each query adds up its own logical positions in order:
-// the prefix that all share, the rest of its prefix, its path.
-template <class Cell>
-void attend(const Stack& stack, const CacheRows<Cell>& at, const Query* queries, int count, float* scores, size_t stride) {
-    int size = stack.head_dim, blocks = 0, shared = queries[0].prefix;
-    float scale = 1.0f / std::sqrt(static_cast<float>(size));
+// The queries of one slot and key head, and the memory of the thread that works on them.
+struct Asked {
+    const Query* queries;
+    int count, size, blocks, shared;  // blocks: of sixteen cache rows, as far as any query sees; shared: the prefix of all
+    float scale;
+    float* scores;  // [count, stride]
+    size_t stride, width;
+    float* sums;  // [count, width]
+};
+
+// Scores of all queries against all blocks of keys.
+template <class Place>
+void score(const Asked& asked, const Place& at) {
+    auto some = [&](auto blocks, int b) {
+        each_tile(asked.count, [&](auto number, int q) {
+            score_blocks<decltype(number)::value, decltype(blocks)::value>(asked.queries + q, at, b, asked.size, asked.scale,
+                                                                           asked.scores + asked.stride * static_cast<size_t>(q) + b * LANES, asked.stride);
+        });
+    };
+    int b = 0;
+    for (; b + VECTORS <= asked.blocks; b += VECTORS) some(std::integral_constant<int, VECTORS>(), b);
+    for (; b < asked.blocks; b++) some(std::integral_constant<int, 1>(), b);
+}
+
+// Sums of values: the prefix that all share, the rest of each prefix, each path.
+template <class Place>
+void gather(const Asked& asked, const Place& at) {
+    std::memset(asked.sums, 0, sizeof(float) * asked.width * static_cast<size_t>(asked.count));
+    each_tile(asked.count, [&](auto number, int q) {
+        size_t first = static_cast<size_t>(q);
+        mix<decltype(number)::value>(asked.scores + asked.stride * first, asked.stride, at, asked.width, 0, asked.shared, nullptr, 0,
+                                     asked.sums + asked.width * first);
+    });
+    for (int q = 0; q < asked.count; q++) {
+        const Query& query = asked.queries[q];
+        const float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+        float* sum = asked.sums + asked.width * static_cast<size_t>(q);
+        mix<1>(line, asked.stride, at, asked.width, asked.shared, query.prefix, nullptr, 0, sum);
+        mix<1>(line, asked.stride, at, asked.width, 0, query.length, query.path, query.prefix, sum);
+    }
+}
+
+#if defined(S4C_AMX)
+
+// What tile registers take of up to sixteen queries, behind their sums: the queries, then their weights.
+inline uint16_t* halves(const Asked& asked) { return reinterpret_cast<uint16_t*>(asked.scores + MOST_QUERIES * (asked.stride + round_up(asked.width, 32))); }
+
+// f(row of sums, first block, number of blocks), for all blocks of 16 outputs, a group of them at a time.
+template <class F>
+inline void tile_blocks(const uint16_t* w, size_t block, int blocks, int steps, const uint16_t* x, size_t stride, F f) {
+    alignas(64) float sums[16 * GROUP * BLOCK];
+    for (int b = 0; b < blocks; b += GROUP) {
+        const char* weights = reinterpret_cast<const char*>(w + block * static_cast<size_t>(b));
+        const char* rows = reinterpret_cast<const char*>(x);
+        size_t bytes = 2 * block;
+        int now = blocks - b < GROUP ? blocks - b : GROUP;
+        if (now == 4) tile_registers<BFLOAT16, 4>(weights, bytes, steps, rows, 2 * stride, sums);
+        else if (now == 3) tile_registers<BFLOAT16, 3>(weights, bytes, steps, rows, 2 * stride, sums);
+        else if (now == 2) tile_registers<BFLOAT16, 2>(weights, bytes, steps, rows, 2 * stride, sums);
+        else tile_registers<BFLOAT16, 1>(weights, bytes, steps, rows, 2 * stride, sums);
+        f(sums, b, now);
+    }
+}
+
+void score(const Asked& asked, const HalfRows& at) {
+    uint16_t* queries = halves(asked);
+    for (int q = 0; q < asked.count; q++)
+        to_bf16_row(asked.queries[q].head, asked.size, static_cast<int>(at.deep), queries + at.deep * static_cast<size_t>(q));
+    tile_blocks(at.keys, at.deep * BLOCK, asked.blocks, static_cast<int>(at.deep / TAKEN), queries, at.deep, [&](const float* sums, int first, int now) {
+        for (int q = 0; q < asked.count; q++)
+            for (int b = 0; b < now; b++)
+                store(asked.scores + asked.stride * static_cast<size_t>(q) + (first + b) * BLOCK, mul(load(sums + (q * GROUP + b) * BLOCK), set1(asked.scale)));
+    });
+}
+
+// The values of the logical positions [begin, end) of one query, by the arithmetic of a tile register: of the positions
+// that it takes in at a time the even ones are added up, the odd ones, and both.
+template <int V>
+inline void gather_rest(const Query& query, const float* weights, const HalfRows& at, size_t vector, int begin, int end, float* out) {
+    for (int chunk = begin; chunk < end; chunk += TAKEN) {
+        vf sums[2][V];
+        for (int v = 0; v < V; v++) sums[0][v] = sums[1][v] = zero();
+        for (int t = chunk; t < end && t < chunk + TAKEN; t++) {
+            size_t row = static_cast<size_t>(t < query.prefix ? t : query.path[t - query.prefix]);
+            vf weight = set1(weights[t]);
+            for (int v = 0; v < V; v++) sums[t % 2][v] = fma(weight, value_lanes(at, row, vector + static_cast<size_t>(v)), sums[t % 2][v]);
+        }
+        for (int v = 0; v < V; v++) {
+            float* sum = out + (vector + static_cast<size_t>(v)) * LANES;
+            store(sum, add(load(sum), add(sums[0][v], sums[1][v])));
+        }
+    }
+}
+
+void gather(const Asked& asked, const HalfRows& at) {
+    uint16_t* weights = halves(asked) + 16 * at.deep;
+    int whole = asked.shared / TAKEN, vectors = static_cast<int>(asked.width) / LANES;
+    for (int q = 0; q < asked.count; q++) {
+        int end = asked.queries[q].prefix + asked.queries[q].length;
+        float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+        uint16_t* half = weights + asked.stride * static_cast<size_t>(q);
+        to_bf16_row(line, padded(end), padded(end), half);
+        for (int i = 0; i < end; i += LANES) {
+            __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))), 16);
+            store(line + i, _mm512_castsi512_ps(bits));
+        }
+    }
+    tile_blocks(at.values, at.rows * BLOCK, vectors, whole, weights, asked.stride, [&](const float* sums, int first, int now) {
+        for (int q = 0; q < asked.count; q++)
+            std::memcpy(asked.sums + asked.width * static_cast<size_t>(q) + first * BLOCK, sums + q * GROUP * BLOCK, sizeof(float) * static_cast<size_t>(now * BLOCK));
+    });
+    for (int q = 0; q < asked.count; q++) {
+        const Query& query = asked.queries[q];
+        const float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+        float* sum = asked.sums + asked.width * static_cast<size_t>(q);
+        int begin = whole * TAKEN, end = query.prefix + query.length, v = 0;
+        for (; v + VECTORS <= vectors; v += VECTORS) gather_rest<VECTORS>(query, line, at, static_cast<size_t>(v), begin, end, sum);
+        for (; v < vectors; v++) gather_rest<1>(query, line, at, static_cast<size_t>(v), begin, end, sum);
+    }
+}
+
+#endif
+
+// Attention of queries that share a slot and a key head. Each query adds up its own logical positions in order.
+template <class Place>
+void attend(const Place& at, const Query* queries, int count, int size, float* scores, size_t stride) {
+    Asked asked{queries, count, size, 0, queries[0].prefix, 1.0f / std::sqrt(static_cast<float>(size)), scores, stride,
+                static_cast<size_t>(padded(size)), scores + stride * TOGETHER};
     for (int q = 0; q < count; q++) {
         int last = queries[q].path[queries[q].length - 1] / LANES + 1;
-        blocks = last > blocks ? last : blocks;
-        shared = queries[q].prefix < shared ? queries[q].prefix : shared;
+        asked.blocks = last > asked.blocks ? last : asked.blocks;
+        asked.shared = queries[q].prefix < asked.shared ? queries[q].prefix : asked.shared;
     }
-    size_t block = static_cast<size_t>(size) * LANES;
-    int b = 0;
-    for (; b + VECTORS <= blocks; b += VECTORS)
-        each_tile(count, [&](auto number, int q) {
-            score_blocks<decltype(number)::value, VECTORS>(queries + q, at.keys + block * static_cast<size_t>(b), size, scale,
-                                                           scores + stride * static_cast<size_t>(q) + b * LANES, stride);
-        });
-    for (; b < blocks; b++)
-        each_tile(count, [&](auto number, int q) {
-            score_blocks<decltype(number)::value, 1>(queries + q, at.keys + block * static_cast<size_t>(b), size, scale,
-                                                     scores + stride * static_cast<size_t>(q) + b * LANES, stride);
-        });
-    size_t width = static_cast<size_t>(padded(size));
+    score(asked, at);
     float inverse[TOGETHER];
-    float* sums = scores + stride * TOGETHER;
-    std::memset(sums, 0, sizeof(float) * width * static_cast<size_t>(count));
     for (int q = 0; q < count; q++) {
         float* line = scores + stride * static_cast<size_t>(q);
         const Query& query = queries[q];
         for (int i = 0; i < query.length; i++) line[query.prefix + i] = line[query.path[i]];  // path[i] >= prefix + i, and ascends
         inverse[q] = soften(line, query.prefix + query.length);
     }
-    each_tile(count, [&](auto number, int q) {
-        mix<decltype(number)::value>(scores + stride * static_cast<size_t>(q), stride, at.values, width, 0, shared, nullptr, 0,
-                                     sums + width * static_cast<size_t>(q));
-    });
-    for (int q = 0; q < count; q++) {
-        const Query& query = queries[q];
-        const float* line = scores + stride * static_cast<size_t>(q);
-        float* sum = sums + width * static_cast<size_t>(q);
-        mix<1>(line, stride, at.values, width, shared, query.prefix, nullptr, 0, sum);
-        mix<1>(line, stride, at.values, width, 0, query.length, query.path, query.prefix, sum);
-        for (int i = 0; i < size; i++) query.out[i] = sum[i] * inverse[q];
-    }
+    gather(asked, at);
+    for (int q = 0; q < count; q++)
+        for (int i = 0; i < size; i++) queries[q].out[i] = asked.sums[asked.width * static_cast<size_t>(q) + static_cast<size_t>(i)] * inverse[q];
 }
 
 // Attention of all rows; a unit of work is a few heads of a few rows of a slot that share a key head.
-template <class Cell>
+template <class Place>
 void attention(const Stack& stack, int layer, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
     int group = stack.heads / stack.kv_heads;
     int parts = (group + TOGETHER - 1) / TOGETHER;
@@ -638,7 +776,8 @@ void attention(const Stack& stack, int layer, const Cache& cache, const Rows& ro
                 queries[count++] = {s.wide + offset, s.context + offset, rows.prefix[r], rows.path_start[r + 1] - start, rows.path + start};
             }
             if (r + 1 == end || rows.slot[r + 1] != rows.slot[r]) {
-                attend(stack, cache_rows<Cell>(stack, cache, layer, rows.slot[r], head), queries, count, scores, s.row_scores);
+                Place at(cache, place_of(cache, stack.kv_heads, layer, rows.slot[r], head), stack.head_dim);
+                attend(at, queries, count, stack.head_dim, scores, s.row_scores);
                 count = 0;
             }
         }
@@ -667,15 +806,22 @@ struct Tiles {
     Tiles() {
         TileConfig config;
         _tile_loadconfig(&config);
+        _mm_setcsr(before_ | 0x8040);  // numbers below the normal ones are zero everywhere, as tile registers have it
     }
-    ~Tiles() { _tile_release(); }
+    ~Tiles() {
+        _tile_release();
+        _mm_setcsr(before_);
+    }
+
+   private:
+    unsigned before_ = _mm_getcsr();
 #else
     Tiles() {}
     ~Tiles() {}
 #endif
 };
 
-template <class Cell>
+template <class Place>
 void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
     int n = rows.count;
     size_t hidden = static_cast<size_t>(stack.hidden);
@@ -684,9 +830,9 @@ void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s
         norm_rows(layer.qkv, s.x, layer.attention_norm, stack.hidden, stack.eps, n, s, team);
         product(layer.qkv, n, s, Into::SET, s.wide, s.wide_stride, team);
         Span mine = share(n, team);
-        for (int r = mine.begin; r < mine.end; r++) place_row<Cell>(stack, layer, index, cache, rows, r, s);
+        for (int r = mine.begin; r < mine.end; r++) place_row<Place>(stack, layer, index, cache, rows, r, s);
         wait(team);
-        attention<Cell>(stack, index, cache, rows, s, team);
+        attention<Place>(stack, index, cache, rows, s, team);
         prepare(layer.out, s.context, s.wide_stride, n, s, team);
         product(layer.out, n, s, Into::ADD, s.x, hidden, team);
         norm_rows(layer.gate_up, s.x, layer.mlp_norm, stack.hidden, stack.eps, n, s, team);
@@ -721,8 +867,8 @@ void pass(const Stack& stack, const Cache& cache, const Rows& rows, const float*
     Tiles tiles;
     enter(stack, x, rows.count, s, team);
     turn_angles(stack, rows, s, team);
-    if (cache.half) layers<uint16_t>(stack, cache, rows, s, team);
-    else layers<float>(stack, cache, rows, s, team);
+    if (cache.half) layers<HalfRows>(stack, cache, rows, s, team);
+    else layers<FloatRows>(stack, cache, rows, s, team);
     Span mine = share(rows.count, team);
     size_t hidden = static_cast<size_t>(stack.hidden);
     for (int r = mine.begin; r < mine.end; r++) {
@@ -789,7 +935,47 @@ void top(const float* x, int count, int columns, int k, float* values, int64_t* 
     }
 }
 
-constexpr Kernels KERNELS = {pass, linear, top};
+// Where a row is highest, cooled and with noise, and how high: of equals the first, NaN above all.
+void highest_row(const float* x, int columns, float temperature, const float* noise, float* value, int64_t* index) {
+    constexpr int CHUNK = 16 * LANES;
+    float divisor = temperature == 0.0f ? 1.0f : temperature, best = -INFINITY;
+    auto at = [&](int i) { return noise ? x[i] / divisor + noise[i] : x[i] / divisor; };
+    auto some = [&](int i) {
+        vf cooled = div(load(x + i), set1(divisor));
+        return noise ? add(cooled, load(noise + i)) : cooled;
+    };
+    int chunk = 0;
+    vf nothing = zero();
+    for (int begin = 0; begin < columns; begin += CHUNK) {
+        int end = begin + CHUNK < columns ? begin + CHUNK : columns, i = begin;
+        vf most = set1(-INFINITY);
+        for (; i + LANES <= end; i += LANES) {
+            vf values = some(i);
+            most = maximum(most, values);
+            nothing = fma(values, zero(), nothing);
+        }
+        float top = max_lanes(most);
+        for (; i < end; i++) top = at(i) > top ? at(i) : top, nothing = fma(set1(at(i)), zero(), nothing);
+        if (top > best) best = top, chunk = begin;
+    }
+    if (std::isnan(sum_lanes(nothing)))  // of NaN or infinity
+        for (int i = 0; i < columns; i++)
+            if (std::isnan(at(i))) {
+                *value = at(i), *index = i;
+                return;
+            }
+    while (at(chunk) != best) chunk++;
+    *value = best, *index = chunk;
+}
+
+void highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
+             int64_t* indices, Team team) {
+    Span rows = share(count, team);
+    for (int r = rows.begin; r < rows.end; r++)
+        highest_row(x + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, temperatures[r], noise[r], values + r, indices + r);
+}
+
+constexpr Kernels KERNELS = {pass, linear, top, highest};
 
 }  // namespace
 

@@ -31,10 +31,6 @@ inline vf minimum(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline vf absolute(vf a) { return _mm512_abs_ps(a); }
 inline vf nearest(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf times_power_of_two(vf a, vf n) { return _mm512_scalef_ps(a, n); }
-inline vf load_bf16(const uint16_t* p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
 inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
     __m512i pairs = _mm512_loadu_si512(p);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -77,11 +73,6 @@ inline __m256 power_of_two(__m256 n) {
 inline vf times_power_of_two(vf x, vf n) {
     return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
 }
-inline __m256 widen_bf16(const uint16_t* p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-inline vf load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
 inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
     __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -134,7 +125,6 @@ inline vf nearest(const vf& a) { return each([&](int i) { return std::nearbyintf
 inline vf times_power_of_two(const vf& a, const vf& n) {
     return each([&](int i) { return std::ldexp(a.lane[i], static_cast<int>(n.lane[i])); });
 }
-inline vf load_bf16(const uint16_t* p) { return each([=](int i) { return bf16_value(p[i]); }); }
 inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
     even = each([=](int i) { return bf16_value(p[2 * i]); });
     odd = each([=](int i) { return bf16_value(p[2 * i + 1]); });

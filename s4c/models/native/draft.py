@@ -1,0 +1,111 @@
+"""A whole draft in one call of the native kernels: heads, LM head, the growing tree."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from s4c.models.layers import Linear
+from s4c.models.native import library
+from s4c.models.native.library import CHeads, CPlan, CRound, pointers
+from s4c.models.native.linear import NativeLinear
+from s4c.models.native.rows import MOST_TOP
+from s4c.models.native.stack import NativeStack
+from s4c.models.stack import Stack
+from s4c.types import DraftTree
+from s4c.verify.tree import EXPANDED_PER_LEVEL, TreePlan
+
+
+class NativeDraft:
+    """Heads that draft one after the other, each on a stack with a join.
+
+    Args:
+        stacks: of the heads, in drafting order.
+        lm_head: packed linear layers that make logits of a head's output, one after the other.
+        embedding: [V, d], the target's, float32 or bfloat16.
+        token_ids: [V'] int64, the target's token of each logit.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], lm_head: nn.Module, embedding: Tensor, token_ids: Tensor) -> None:
+        assert embedding.dtype in (torch.float32, torch.bfloat16)
+        assert embedding.is_contiguous()
+        self._stacks = [stack for stack in stacks if isinstance(stack, NativeStack)]
+        packed = [layer.packed for layer in lm_head.modules() if isinstance(layer, Linear)]
+        products = [product for product in packed if isinstance(product, NativeLinear)]
+        assert len(self._stacks) == len(stacks) > 0
+        assert len(products) == len(packed) > 0
+        self._kept = (products, embedding, token_ids)
+        self._heads = CHeads(
+            len(stacks),
+            len(products),
+            pointers([ctypes.addressof(stack.c_stack) for stack in self._stacks]),
+            pointers([ctypes.addressof(stack.c_cache) for stack in self._stacks]),
+            pointers([ctypes.addressof(product.c) for product in products]),
+            token_ids.data_ptr(),
+            embedding.data_ptr(),
+            int(embedding.dtype == torch.bfloat16),
+        )
+
+    @staticmethod
+    def grows(plan: TreePlan) -> bool:
+        """Whether the kernels can grow that tree."""
+        return plan.width <= MOST_TOP
+
+    def grow(
+        self,
+        plan: TreePlan,
+        tokens: Tensor,
+        counts: Sequence[int],
+        features: Tensor,
+        carry: Tensor,
+        temperatures: Sequence[float],
+        noise: Sequence[Tensor | None],
+    ) -> DraftTree:
+        """A tree below the last token of each sequence; none of its rows is sampled.
+
+        Args:
+            plan: a tree that `grows`.
+            tokens: [B, M] int64, what the heads have not seen yet, the roots last, then padding.
+            counts: B numbers of tokens without padding.
+            features: [B, M, d] float32, the target's, one position before each token.
+            carry: [B, H - 1, d] float32, what all heads but the last gave at the last committed position; it is
+                brought up to the root.
+            temperatures: of the B requests.
+            noise: B times D rows [V] float32, of the levels of each sequence; None where there is no noise.
+        """
+        batch, longest = tokens.shape
+        most = plan.nodes if plan.kind == "best" else plan.width * plan.depth + 1
+        lengths = self._stacks[0].lengths[:batch]
+        for stack in self._stacks:
+            stack.reserve(batch, max(lengths) + longest + EXPANDED_PER_LEVEL * plan.depth)
+        assert len(noise) == batch * plan.depth
+        tokens, features = tokens.contiguous(), features.contiguous()
+        assert features.dtype == carry.dtype == torch.float32
+        assert carry.is_contiguous()
+        held = (
+            (ctypes.c_int32 * batch)(*counts),
+            (ctypes.c_int32 * batch)(*lengths),
+            (ctypes.c_float * batch)(*temperatures),
+            pointers([None if row is None else row.data_ptr() for row in noise]),
+        )
+        counted, committed, cooled, rows = (ctypes.cast(array, ctypes.c_void_p) for array in held)
+        shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
+        addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), cooled, rows
+        out = torch.empty(2, batch * most, dtype=torch.int64), torch.empty(batch * most)
+        size = library.core().s4c_draft(
+            ctypes.byref(self._heads),
+            ctypes.byref(shape),
+            ctypes.byref(CRound(batch, longest, *addresses)),
+            most,
+            out[0][0].data_ptr(),
+            out[0][1].data_ptr(),
+            out[1].data_ptr(),
+        )
+        library.check(size)
+        drafted, parents, path = (part[: batch * size].view(batch, size) for part in (*out[0], out[1]))
+        candidate = path.isfinite()
+        candidate[:, 0] = False
+        return DraftTree(drafted, parents, candidate, torch.zeros(batch, dtype=torch.bool), belief=path[:, None])

@@ -1,0 +1,254 @@
+// A draft in one call: the heads of a drafter, one after the other over the rows of a round, and the tree that grows
+// from what they say. `S4CDrafter` and `TreeBuilder` do the same at leisure; this is tested against them.
+#include "core.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// The tree of one sequence: a pool of nodes, the root first.
+struct Tree {
+    std::vector<int64_t> tokens, parents;
+    std::vector<float> path;  // log of the probability
+    std::vector<int> row;     // of the round, where the node has one
+    std::vector<int> frontier;
+
+    explicit Tree(int64_t root, int at) : tokens{root}, parents{-1}, path{0.0f}, row{at}, frontier{0} {}
+
+    int size() const { return static_cast<int>(tokens.size()); }
+
+    void add(int64_t token, int parent, float probability) {
+        tokens.push_back(token), parents.push_back(parent), row.push_back(-1);
+        path.push_back(probability > NEVER ? probability : NEVER);  // NaN never stands
+    }
+
+    // The nodes [begin, end) of highest probability, at most `count`; of equals the first.
+    std::vector<int> best(int begin, int end, int count) const {
+        std::vector<int> order(static_cast<size_t>(end - begin));
+        std::iota(order.begin(), order.end(), begin);
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return at(path, a) > at(path, b); });
+        order.resize(static_cast<size_t>(std::min(count, end - begin)));
+        return order;
+    }
+
+    template <class T>
+    static T at(const std::vector<T>& values, int index) { return values[static_cast<size_t>(index)]; }
+};
+
+class Drafting {
+   public:
+    Drafting(const Heads& heads, const Plan& plan, const Round& round)
+        : heads_(heads), plan_(plan), round_(round), batch_(round.batch), rows_(round.longest),
+          hidden_(static_cast<size_t>(heads.stack[0]->hidden)) {
+        for (int b = 0; b < batch_; b++) {
+            const int64_t* line = round.tokens + static_cast<ptrdiff_t>(b) * rows_;
+            int root = round.counts[b] - 1;
+            trees_.emplace_back(line[root], root);
+            tokens_.emplace_back(line, line + rows_);
+            parents_.emplace_back(static_cast<size_t>(rows_));
+            std::iota(parents_.back().begin(), parents_.back().end(), -1);
+        }
+    }
+
+    void run() {
+        outputs_.resize(static_cast<size_t>(heads_.count));
+        int done = 0;
+        for (int level = 0; open(level); level++) {
+            if (level) expand();
+            if (level < heads_.count) run_head(done++, 0, rows_);
+            else run_head(heads_.count - 1, rows_ - width(), rows_);
+            grow(level, outputs_[static_cast<size_t>(done - 1)]);
+        }
+        while (done < heads_.count) run_head(done++, 0, round_.longest);  // so that the caches of all heads stay level
+        for (int b = 0; b < batch_; b++)
+            for (int i = 0; i + 1 < heads_.count; i++)
+                std::copy_n(row_of(i, b, round_.counts[b] - 1), hidden_, carry(b, i));
+    }
+
+    // The trees, in arrays of `most` columns; the number of columns used.
+    int write(int most, int64_t* tokens, int64_t* parents, float* path) const {
+        int size = std::min(trees_[0].size(), most);
+        for (const Tree& tree : trees_) {
+            std::vector<int> kept = tree.best(0, tree.size(), size);
+            std::sort(kept.begin(), kept.end());
+            std::vector<int64_t> place(static_cast<size_t>(tree.size()), -1);
+            for (int column = 0; column < size; column++, tokens++, parents++, path++) {
+                int node = kept[static_cast<size_t>(column)];
+                place[static_cast<size_t>(node)] = column;
+                *tokens = Tree::at(tree.tokens, node);
+                *parents = node ? place[static_cast<size_t>(Tree::at(tree.parents, node))] : -1;
+                *path = Tree::at(tree.path, node);
+            }
+        }
+        return size;
+    }
+
+   private:
+    int width() const { return static_cast<int>(trees_[0].frontier.size()); }
+
+    // A child is never more probable than its parent: a tree ends when no node of a frontier beats the last one kept.
+    bool open(int level) const {
+        if (level >= plan_.depth) return false;
+        bool likely = std::any_of(trees_.begin(), trees_.end(), [&](const Tree& tree) {
+            return std::any_of(tree.frontier.begin(), tree.frontier.end(), [&](int node) { return Tree::at(tree.path, node) >= plan_.floor; });
+        });
+        if (level && !likely) return false;
+        if (!plan_.best || trees_[0].size() < plan_.nodes) return true;
+        return std::any_of(trees_.begin(), trees_.end(), [&](const Tree& tree) {
+            float last = Tree::at(tree.path, tree.best(0, tree.size(), plan_.nodes).back());
+            return std::any_of(tree.frontier.begin(), tree.frontier.end(), [&](int node) { return Tree::at(tree.path, node) > last; });
+        });
+    }
+
+    // The nodes of the frontier become rows of the round.
+    void expand() {
+        for (size_t b = 0; b < trees_.size(); b++) {
+            int next = rows_;
+            for (int node : trees_[b].frontier) {
+                size_t at = static_cast<size_t>(node);
+                tokens_[b].push_back(trees_[b].tokens[at]);
+                parents_[b].push_back(Tree::at(trees_[b].row, static_cast<int>(trees_[b].parents[at])));
+                trees_[b].row[at] = next++;
+            }
+        }
+        rows_ += width();
+    }
+
+    float* carry(int b, int head) const {
+        return round_.carry + (static_cast<size_t>(b) * static_cast<size_t>(heads_.count - 1) + static_cast<size_t>(head)) * hidden_;
+    }
+
+    const float* row_of(int head, int b, int row) const {
+        const auto& output = outputs_[static_cast<size_t>(head)];
+        return output.data() + (static_cast<size_t>(b) * (output.size() / hidden_ / static_cast<size_t>(batch_)) + static_cast<size_t>(row)) * hidden_;
+    }
+
+    // What a head reads beside the embedding of a row: the target's feature one position before it, or what the head
+    // before it (past the last head: itself) gave there.
+    const float* input(int head, int b, int row, bool again) const {
+        if (!head && !again) return round_.features + (static_cast<size_t>(b) * static_cast<size_t>(round_.longest) + static_cast<size_t>(row)) * hidden_;
+        int before = again ? head : head - 1, parent = static_cast<int>(parents_[static_cast<size_t>(b)][static_cast<size_t>(row)]);
+        return parent < 0 ? carry(b, before) : row_of(before, b, parent);
+    }
+
+    void embed(int64_t token, float* out) const {
+        size_t at = static_cast<size_t>(token) * hidden_;
+        if (!heads_.half) {
+            std::copy_n(static_cast<const float*>(heads_.embedding) + at, hidden_, out);
+            return;
+        }
+        const uint16_t* half = static_cast<const uint16_t*>(heads_.embedding) + at;
+        for (size_t i = 0; i < hidden_; i++) {
+            uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
+            std::memcpy(out + i, &bits, sizeof(float));
+        }
+    }
+
+    // One head over the rows [begin, end); those before `begin` it has run over in this round.
+    void run_head(int head, int begin, int end) {
+        int count = end - begin;
+        bool again = begin > 0;
+        std::vector<float> x(static_cast<size_t>(batch_ * count) * 2 * hidden_), out(static_cast<size_t>(batch_ * count) * hidden_);
+        std::vector<int64_t> parents;
+        float* pair = x.data();
+        for (int b = 0; b < batch_; b++) {
+            const auto& all = parents_[static_cast<size_t>(b)];
+            parents.insert(parents.end(), all.begin(), all.begin() + end);
+            for (int row = begin; row < end; row++, pair += 2 * hidden_) {
+                embed(tokens_[static_cast<size_t>(b)][static_cast<size_t>(row)], pair);
+                std::copy_n(input(head, b, row, again), hidden_, pair + hidden_);
+            }
+        }
+        if (s4c_pass(heads_.stack[head], heads_.cache[head], x.data(), out.data(), batch_, count, begin, 0, round_.lengths, parents.data(), nullptr))
+            throw std::bad_alloc();
+        append(outputs_[static_cast<size_t>(head)], out);
+    }
+
+    // Puts the new rows of each sequence behind those that it has.
+    void append(std::vector<float>& output, std::vector<float>& more) const {
+        if (output.empty()) return output.swap(more);
+        std::vector<float> both;
+        size_t batch = static_cast<size_t>(batch_), old = output.size() / batch, added = more.size() / batch;
+        for (size_t b = 0; b < batch; b++) {
+            both.insert(both.end(), output.begin() + static_cast<ptrdiff_t>(b * old), output.begin() + static_cast<ptrdiff_t>((b + 1) * old));
+            both.insert(both.end(), more.begin() + static_cast<ptrdiff_t>(b * added), more.begin() + static_cast<ptrdiff_t>((b + 1) * added));
+        }
+        output.swap(both);
+    }
+
+    // Children for every node of the frontier, by the LM head's scores of their rows, and the next frontier.
+    void grow(int level, const std::vector<float>& output) {
+        int rows = batch_ * width();
+        std::vector<float> x;
+        size_t stride = output.size() / static_cast<size_t>(batch_);
+        for (int b = 0; b < batch_; b++)
+            for (int node : trees_[static_cast<size_t>(b)].frontier) {
+                auto at = output.begin() + static_cast<ptrdiff_t>(static_cast<size_t>(b) * stride) +
+                          static_cast<ptrdiff_t>(static_cast<size_t>(Tree::at(trees_[static_cast<size_t>(b)].row, node)) * hidden_);
+                x.insert(x.end(), at, at + static_cast<ptrdiff_t>(hidden_));
+            }
+        for (int i = 0; i < heads_.products; i++) {
+            std::vector<float> y(static_cast<size_t>(rows) * static_cast<size_t>(heads_.lm_head[i]->outputs));
+            if (s4c_linear(heads_.lm_head[i], x.data(), rows, y.data())) throw std::bad_alloc();
+            x.swap(y);
+        }
+        int columns = heads_.lm_head[heads_.products - 1]->outputs, children = std::min(plan_.width, columns);
+        for (int r = 0; r < rows; r++) score(x.data() + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, r / width(), level);
+        size_t picked = static_cast<size_t>(rows) * static_cast<size_t>(children);
+        std::vector<float> values(picked), totals(static_cast<size_t>(rows));
+        std::vector<int64_t> indices(picked);
+        if (s4c_top(x.data(), rows, columns, children, values.data(), indices.data(), totals.data())) throw std::bad_alloc();
+        for (size_t r = 0, i = 0; r < static_cast<size_t>(rows); r++) {
+            Tree& tree = trees_[r / static_cast<size_t>(width())];
+            int parent = tree.frontier[r % static_cast<size_t>(width())];
+            float above = Tree::at(tree.path, parent), total = std::max(totals[r], std::numeric_limits<float>::lowest());
+            for (int child = 0; child < children; child++, i++) tree.add(heads_.token_ids[indices[i]], parent, above + (values[i] - total));
+        }
+        int fresh = width() * children, expanded = plan_.best ? std::min(plan_.expanded, fresh) : 1;
+        for (Tree& tree : trees_) {
+            int first = tree.size() - fresh;
+            tree.frontier = plan_.best ? tree.best(first, tree.size(), expanded) : std::vector<int>{first};
+        }
+    }
+
+    // log q at the request's temperature, and the noise of the position.
+    void score(float* logits, int columns, int b, int level) const {
+        float temperature = round_.temperatures[b];
+        if (temperature == 0.0f) return;
+        const float* noise = round_.noise[static_cast<ptrdiff_t>(b) * plan_.depth + level];
+        for (int j = 0; j < columns; j++) {
+            float cooled = logits[j] / temperature;
+            logits[j] = noise ? cooled + noise[heads_.token_ids[j]] : cooled;
+        }
+    }
+
+    const Heads& heads_;
+    const Plan& plan_;
+    const Round& round_;
+    const int batch_;
+    int rows_;
+    const size_t hidden_;
+    std::vector<Tree> trees_;
+    std::vector<std::vector<int64_t>> tokens_, parents_;  // of the rows of each sequence
+    std::vector<std::vector<float>> outputs_;             // [batch, rows, hidden] of each head
+};
+
+}  // namespace
+
+int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path) {
+    try {
+        Drafting drafting(*heads, *plan, *round);
+        drafting.run();
+        return drafting.write(most, tokens, parents, path);
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
