@@ -20,9 +20,9 @@ from s4c.verify.tree import TreePlan
 TEXTS = st.lists(st.integers(0, 2), min_size=0, max_size=OCCURRENCES)
 
 
-def slow(text: list[int], corpus: list[int], depth: int, branches: int) -> list[list[int]]:
+def slow(text: list[int], corpus: list[int], depth: int, branches: int) -> list[tuple[list[int], int]]:
     """By the definition: every suffix, every place, the copy extended token by token."""
-    found: list[list[int]] = []
+    found: list[tuple[list[int], int]] = []
     for length in range(min(LONGEST, len(text)), SHORTEST - 1, -1):
         places = [end for end in range(len(text) - 1, length - 1, -1) if text[end - length : end] == text[-length:]]
         paths = []
@@ -35,7 +35,9 @@ def slow(text: list[int], corpus: list[int], depth: int, branches: int) -> list[
         matches = [end for end in known if corpus[end - length : end] == text[-length:]]
         matches.sort(key=lambda end: corpus[end - LONGEST : end][::-1])
         paths += [corpus[end : end + depth] for end in matches[:OCCURRENCES]]
-        found += [path for index, path in enumerate(paths) if path not in found and path not in paths[:index]]
+        known_paths = [path for path, _ in found]
+        new = [path for index, path in enumerate(paths) if path not in known_paths and path not in paths[:index]]
+        found += [(path, length) for path in new]
     return found[:branches]
 
 
