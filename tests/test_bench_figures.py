@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_models
 from typer.testing import CliRunner
@@ -302,3 +306,17 @@ def test_the_report_says_what_must_be_known() -> None:
     assert "question 2: different: token 0 is 7 (1.00000) instead of 5 (2.00000)" in text
     assert dict(facts(summary))["threads"] == "2"
     assert interval(None) not in interval({"value": 1.0, "low": 0.5, "high": 2.0}) == "1.00 [0.50, 2.00]"
+
+
+def test_the_work_of_a_helper_is_not_that_of_others() -> None:
+    """A process that spins for a second of its CPU counts with others, unless it is named as a helper."""
+    spin = "import time\nwhile time.process_time() < 1.2: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        stranger, ours = OtherWork(), OtherWork([process.pid])
+        deadline = time.monotonic() + 60
+        while sum(psutil.Process(process.pid).cpu_times()[:2]) < 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert stranger.look() - ours.look() > 0
+        assert stranger._seconds() - ours._seconds() > 0.9
+        process.communicate(b"\n")
+    assert OtherWork([process.pid])._seconds() == pytest.approx(OtherWork()._seconds(), abs=0.5)

@@ -207,6 +207,6 @@ def test_a_child_says_why_it_cannot_run_or_failed(llm: LLM, setting: Setting) ->
     hello, failed, fine = said(
         "hf", {"prompt": [10**6], "params": {}}, {"prompt": prompt(llm), "params": {"max_new_tokens": 3}}
     )
-    assert hello == {"name": "hf", "comparable": True}
+    assert hello == {"name": "hf", "here": True, "comparable": True}
     assert failed["failed"].startswith("IndexError")
     assert len(fine["reply"]["token_ids"]) == 3

@@ -60,7 +60,8 @@ class Contestant(ABC):
         name: of its rows.
         own: whether it decodes with this engine, so that an answer unlike plain decoding's fails the run.
         nodes: most nodes of its draft trees, the root included; None where there are none or it is open.
-        here: whether its memory is that of the process it runs in.
+        here: whether what it takes, memory and processors, is taken by this process or by `pid`.
+        pid: the process that works for it, where that is not this one.
         temperature: the only one at which it takes part; None for those of the run.
     """
 
@@ -68,6 +69,7 @@ class Contestant(ABC):
     own: bool = False
     nodes: int | None = None
     here: bool = True
+    pid: int | None = None
     temperature: float | None = None
 
     @abstractmethod

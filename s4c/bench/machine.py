@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -28,11 +28,16 @@ PACKAGES = ("torch", "transformers", "numpy", "llama_cpp_python")
 class OtherWork:
     """How many cores other processes keep busy, from one look to the next.
 
-    The CPU time of all processes of the machine less that of this one, over the wall time. Time that a hypervisor
-    took away counts as others' work. Ticks are 10 ms, so a span of a second is told to a few hundredths of a core.
+    The CPU time of all processes of the machine less that of this one and its helpers, over the wall time. Time that a
+    hypervisor took away counts as others' work. Ticks are 10 ms, so a span of a second is told to a few hundredths of a
+    core.
+
+    Args:
+        helpers: ids of processes that work for this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, helpers: Iterable[int] = ()) -> None:
+        self._helpers = list(helpers)
         self._at, self._others = time.perf_counter(), self._seconds()
 
     def look(self) -> float:
@@ -46,8 +51,16 @@ class OtherWork:
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
         guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user and nice already
-        mine = sum(os.times()[:4])
+        mine = sum(os.times()[:4]) + sum(map(_cpu_seconds, self._helpers))
         return float(sum(times) - idle - guest - mine)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process; 0 of one that has ended, whose time is among this one's children's."""
+    try:
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 class Footprint:

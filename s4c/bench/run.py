@@ -236,7 +236,7 @@ class Bench:
     def _ask(self, contestant: Contestant, turn: Turn, params: SamplingParams) -> Row:
         """The row of one answer, not yet compared; a contestant that fails takes part no more."""
         row = turn.row(contestant.name)
-        others = OtherWork()
+        others = OtherWork(helper for c in self.contestants if (helper := c.pid) is not None)
         try:
             reply = contestant.answer(turn.prompt, params)
         except Exception as error:  # of any class: peers are other people's code
@@ -244,7 +244,7 @@ class Bench:
                 raise
             self.dead.add(contestant.name)
             return replace(row, error=f"{type(error).__name__}: {error}")
-        cores = others.look()
+        cores = others.look() if contestant.here else 0.0
         reply = counted(reply, self.llm.target.spec.eos_token_ids, params.max_new_tokens)
         return replace(_filled(row, reply), others=round(cores, 3))
 

@@ -56,7 +56,8 @@ class Child(Contestant):
         except BaseException:
             self.close()
             raise
-        self.name, self._comparable = hello["name"], hello["comparable"]
+        self.name, self.here, self._comparable = hello["name"], hello["here"], hello["comparable"]
+        self.pid = self._process.pid
 
     def answer(self, prompt: list[int], params: SamplingParams) -> Reply:
         assert self._process.stdin is not None
@@ -106,7 +107,7 @@ def serve(spec: str, setting: Setting, requests: IO[str], replies: IO[str]) -> N
         return say({"unavailable": str(error)})
     except ValueError as error:
         return say({"wrong": str(error)})
-    say({"name": peer.name, "comparable": peer.comparable(0)})
+    say({"name": peer.name, "here": peer.here, "comparable": peer.comparable(0)})
     for line in requests:
         request = json.loads(line)
         try:
