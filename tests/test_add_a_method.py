@@ -11,6 +11,7 @@ import tiny_models
 import torch
 
 from s4c import LLM, SamplingParams
+from s4c.bench.contestants import PLAIN, Method
 from s4c.bench.questions import Question
 from s4c.bench.run import Bench
 from s4c.drafters import METHODS
@@ -54,8 +55,9 @@ def test_it_is_lossless_by_name(tmp_path: Path, drafter: str, temperature: float
 
 def test_the_bench_and_the_messages_know_it(tmp_path: Path) -> None:
     llm = LLM(str(tiny_models.save(tmp_path, "llama", tokenizer=True)), "none", threads=1)
-    bench = Bench(llm, ["successor@chain:2"], SamplingParams(max_new_tokens=8, ignore_eos=True))
-    answers = list(bench.run([Question("1", "writing", "abcabc")]))
-    assert {(a.method, a.equal) for a in answers} == {("none", ""), ("successor@chain:2", "identical")}
+    contestants = [Method(llm, PLAIN), Method(llm, "successor@chain:2")]
+    bench = Bench(llm, contestants, SamplingParams(max_new_tokens=8, ignore_eos=True))
+    answers = list(bench.run([Question("1", "writing", ("abcabc",))]))
+    assert {(a.method, a.equal) for a in answers} == {(PLAIN, ""), ("successor@chain:2", "identical")}
     with pytest.raises(ValueError, match="successor"):
         llm.use("nobody")
