@@ -158,5 +158,5 @@ def test_the_commands_show_the_mark(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question_id": 1, "category": "qa", "turns": ["abab"]}\n')
     bench = CliRunner().invoke(app, ["bench", *common, "--questions", str(questions), "--methods", "ngram"])
-    assert "rule: typical (lossy)" in bench.stdout
+    assert "ngram@rule=typical (lossy)" in bench.stdout
     assert "LOSSY" in CliRunner().invoke(app, ["generate", "--help"]).stdout
