@@ -77,11 +77,6 @@ def added(histograms: Sequence[Sequence[int]]) -> list[int]:
     return total
 
 
-def acceptance_length(histogram: Sequence[int]) -> float:
-    """Mean acceptance length, the bonus included; entry a of the histogram counts rounds of a + 1 tokens."""
-    return sum((a + 1) * count for a, count in enumerate(histogram)) / sum(histogram)
-
-
 def acceptance(histogram: Sequence[int]) -> tuple[list[float], list[float]]:
     """How often the token at depth 1, 2, ... of the tree was accepted: given that the one above was, and at all.
 

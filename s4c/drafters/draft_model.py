@@ -35,6 +35,7 @@ from s4c.drafters.base import (
     extend,
     finish,
 )
+from s4c.drafters.rows import Rows
 from s4c.errors import UnsupportedModel
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm, Rotary, grouped_mask
@@ -43,7 +44,6 @@ from s4c.models.loading import load_config, load_target, resolve
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreeBuilder
 
 DEPTH = 5
 PREFILL_CHUNK = 512
@@ -167,56 +167,16 @@ def _each_row(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([part.float() @ weight.float().T for part in rows.split(4096)])
 
 
-@dataclass
-class _Rows:
-    """The rows of a round in the stack: text that was not read yet, padded, then the expanded nodes.
-
-    Attributes:
-        tokens: [B, R] int64.
-        parents: [B, R] int64, the row of the position before; -1 for the first one.
-        counts: B numbers, the rows of text.
-        text: their number with padding.
-        frontier: [B, W] int64, the rows whose children are drafted next, and the nodes that they are of.
-        nodes: [B, W] int64.
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    counts: list[int]
-    text: int
-    frontier: Tensor
-    nodes: Tensor
-
-    @classmethod
-    def of(cls, lines: list[list[int]], device: torch.device) -> _Rows:
-        """The rows of text, [1 to M] tokens for each sequence."""
-        counts = [len(line) for line in lines]
-        longest = max(counts)
-        tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=device)
-        parents = torch.arange(-1, longest - 1, device=device).expand_as(tokens)
-        last = torch.tensor([[count - 1] for count in counts], device=device)
-        return cls(tokens, parents, counts, longest, last, torch.zeros_like(last))
-
-    def expand(self, builder: TreeBuilder) -> None:
-        """Append the frontier of a tree."""
-        nodes = builder.frontier
-        above = (builder.parents.gather(1, nodes)[..., None] == self.nodes[:, None]).max(-1).indices
-        self.parents = torch.cat([self.parents, self.frontier.gather(1, above)], 1)
-        first = self.tokens.shape[1]
-        self.tokens = torch.cat([self.tokens, builder.tokens.gather(1, nodes)], 1)
-        self.frontier = torch.arange(first, first + nodes.shape[1], device=nodes.device).expand_as(nodes)
-        self.nodes = nodes
-
-    def accepted(self, slot: int, path: list[int]) -> tuple[list[int], list[int]]:
-        """The rows of a slot that are of committed text now, and the tokens of an accepted path that have none."""
-        tokens, parents = self.tokens[slot].tolist(), self.parents[slot].tolist()
-        row_of = {(parents[row], tokens[row]): row for row in range(self.text, len(tokens))}
-        rows = list(range(self.counts[slot]))
-        for read, token in enumerate(path):
-            if (rows[-1], token) not in row_of:
-                return rows, path[read:]
-            rows.append(row_of[rows[-1], token])
-        return rows, []
+def accepted(rows: Rows, slot: int, path: list[int]) -> tuple[list[int], list[int]]:
+    """The rows of a slot that are of committed text now, and the tokens of an accepted path that have none."""
+    tokens, parents = rows.tokens[slot].tolist(), rows.parents[slot].tolist()
+    row_of = {(parents[row], tokens[row]): row for row in range(rows.text, len(tokens))}
+    found = list(range(rows.counts[slot]))
+    for read, token in enumerate(path):
+        if (found[-1], token) not in row_of:
+            return found, path[read:]
+        found.append(row_of[found[-1], token])
+    return found, []
 
 
 class DraftModelDrafter(Drafter):
@@ -251,7 +211,7 @@ class DraftModelDrafter(Drafter):
         self._depth, self._stop = depth, stop
         self._select = native_top_and_total if native else None
         self._unread: dict[int, list[int]] = {}
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
 
     def reserve(self, slots: int, length: int) -> None:
         self._stack.reserve(slots, length)
@@ -269,13 +229,13 @@ class DraftModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         roots = sequences.roots.tolist()
-        rows = _Rows.of([[*self._unread[slot], root] for slot, root in enumerate(roots)], sequences.roots.device)
+        rows = Rows.of([[*self._unread[slot], root] for slot, root in enumerate(roots)], sequences.roots.device)
         builder = sequences.plan.deepened(self._depth).grow(sequences.roots, self._select)
         hidden = self._stack.run(self._embedding[rows.tokens], rows.parents)
         hidden = hidden.gather(1, rows.frontier[..., None].expand(-1, -1, hidden.shape[-1]))
         extend(sequences, builder, self._head(hidden).float(), self._token_ids)
         while builder.open and bool((builder.confidence >= self._stop).any()):
-            pending = rows.tokens.shape[1]
+            pending = rows.count
             rows.expand(builder)
             hidden = self._stack.run(self._embedding[rows.tokens[:, pending:]], rows.parents, pending=pending)
             extend(sequences, builder, self._head(hidden).float(), self._token_ids)
@@ -285,7 +245,7 @@ class DraftModelDrafter(Drafter):
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         assert self._rows is not None, "a commit follows a proposal"
         for slot, (count, tokens) in enumerate(zip(verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True)):
-            rows, self._unread[slot] = self._rows.accepted(slot, tokens[:count])
+            rows, self._unread[slot] = accepted(self._rows, slot, tokens[:count])
             self._stack.keep(slot, rows)
 
     def move(self, source: int, destination: int) -> None:

@@ -36,13 +36,14 @@ from s4c.drafters.base import (
     finish,
     noise_by_level,
 )
+from s4c.drafters.rows import Rows
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
 from s4c.models.native.draft import NativeDraft
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreeBuilder, TreePlan, root_only
+from s4c.verify.tree import TreePlan, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
 PREFILL_CHUNK = 512
@@ -227,41 +228,6 @@ class _Slot:
     carry: Tensor
 
 
-class _Rows:
-    """The rows of the head calls of one round: committed positions first, then the expanded nodes.
-
-    Attributes:
-        tokens: [B, R] int64.
-        parents: [B, R] int64, the row of the position before; -1 for the first one.
-        frontier: [B, W] int64, the rows whose children are drafted next.
-        committed: B numbers of committed rows; those after them, up to the longest, are padding.
-    """
-
-    def __init__(self, tokens: Tensor, counts: list[int]) -> None:
-        batch, size = tokens.shape
-        self.tokens = tokens
-        self.parents = torch.arange(-1, size - 1, device=tokens.device).expand(batch, -1)
-        self.frontier = torch.tensor(counts, device=tokens.device)[:, None] - 1
-        self.committed = counts
-        self._frontier_nodes = torch.zeros_like(self.frontier)
-
-    @property
-    def count(self) -> int:
-        return self.tokens.shape[1]
-
-    def expand(self, builder: TreeBuilder) -> None:
-        """Append the frontier of a tree."""
-        nodes = builder.frontier
-        parent_nodes = builder.parents.gather(1, nodes)
-        above = (parent_nodes[..., None] == self._frontier_nodes[:, None]).max(-1).indices
-        parents = self.frontier.gather(1, above)
-        width = nodes.shape[1]
-        self.tokens = torch.cat([self.tokens, builder.tokens.gather(1, nodes)], 1)
-        self.frontier = torch.arange(self.count - width, self.count, device=nodes.device).expand_as(nodes)
-        self.parents = torch.cat([self.parents, parents], 1)
-        self._frontier_nodes = nodes
-
-
 class S4CDrafter(Drafter):
     """S4C at inference: the heads on packed weights, their caches, the trees.
 
@@ -311,10 +277,10 @@ class S4CDrafter(Drafter):
         state = _Slot([], before[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
-            rows = _Rows(chunk, [chunk.shape[1]])
+            rows = Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
-            self._settle([state], rows.committed, self._carry(rows, outputs), slot)
+            self._settle([state], rows.counts, self._carry(rows, outputs), slot)
         state.features = before[-1:]
         self._slots[slot] = state
 
@@ -331,14 +297,14 @@ class S4CDrafter(Drafter):
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
-            tree = self._native.grow(plan, rows.tokens, rows.committed, features, carry, temperatures, noise)
+            tree = self._native.grow(plan, rows.tokens, rows.counts, features, carry, temperatures, noise)
         else:
             tree, carry = self._grow(sequences, plan, rows, features, carry)
-        self._settle(states, rows.committed, carry, 0)
+        self._settle(states, rows.counts, carry, 0)
         return tree
 
     def _grow(
-        self, sequences: Sequences, plan: TreePlan, rows: _Rows, features: Tensor, carry: Tensor
+        self, sequences: Sequences, plan: TreePlan, rows: Rows, features: Tensor, carry: Tensor
     ) -> tuple[DraftTree, Tensor]:
         """The tree of a round, level by level, and the new carry; what `NativeDraft.grow` is tested against."""
         builder = plan.grow(sequences.roots, self._select)
@@ -371,15 +337,14 @@ class S4CDrafter(Drafter):
             stack.move(source, destination)
         self._slots[destination] = self._slots.pop(source)
 
-    def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[_Rows, Tensor]:
+    def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[Rows, Tensor]:
         """The committed rows of a round, and the target's features that head 1 reads there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
-        longest = max(len(line) for line in lines)
-        tokens = torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=self.device)
-        features = torch.stack([F.pad(s.features, (0, 0, 0, longest - s.features.shape[0])) for s in states])
-        return _Rows(tokens, [len(line) for line in lines]), features
+        rows = Rows.of(lines, self.device)
+        features = torch.stack([F.pad(s.features, (0, 0, 0, rows.text - s.features.shape[0])) for s in states])
+        return rows, features
 
-    def _inputs(self, rows: _Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
+    def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.
 
         Head 1 reads the target's features. The others read the head before them, whose output at the last
@@ -390,23 +355,23 @@ class S4CDrafter(Drafter):
         before = torch.cat([carry[:, len(outputs) - 1 : len(outputs)], outputs[-1]], 1)
         return _gather_rows(before, rows.parents + 1)
 
-    def _run(self, index: int, rows: _Rows, inputs: Tensor, first_slot: int = 0) -> Tensor:
+    def _run(self, index: int, rows: Rows, inputs: Tensor, first_slot: int = 0) -> Tensor:
         """[B, R', d]: one head over the last R' rows of a round, as many as there are inputs."""
         pending = rows.count - inputs.shape[1]
         pairs = torch.cat([self._embedding[rows.tokens[:, pending:]].to(inputs.dtype), inputs], -1)
         return self._stacks[index].run(pairs, rows.parents, first_slot, pending)
 
     def _run_remaining(
-        self, outputs: list[Tensor], rows: _Rows, features: Tensor, carry: Tensor, first_slot: int = 0
+        self, outputs: list[Tensor], rows: Rows, features: Tensor, carry: Tensor, first_slot: int = 0
     ) -> list[Tensor]:
         """Run the heads that have not run yet, so that the caches of all heads stay level."""
         while len(outputs) < len(self._stacks):
             outputs.append(self._run(len(outputs), rows, self._inputs(rows, outputs, features, carry), first_slot))
         return outputs
 
-    def _carry(self, rows: _Rows, outputs: list[Tensor]) -> Tensor:
+    def _carry(self, rows: Rows, outputs: list[Tensor]) -> Tensor:
         """[B, H - 1, d]: what all heads but the last gave at the last committed row."""
-        last = [torch.stack([out[b, n - 1] for b, n in enumerate(rows.committed)]) for out in outputs[:-1]]
+        last = [torch.stack([out[b, n - 1] for b, n in enumerate(rows.counts)]) for out in outputs[:-1]]
         return torch.stack(last, 1) if last else outputs[0][:, :0]
 
     def _settle(self, states: list[_Slot], counts: list[int], carry: Tensor, first_slot: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -40,14 +38,3 @@ def share_threads(threads: int | None, target: Target) -> int:
         library.set_threads(threads)
     torch.set_num_threads(1)
     return library.threads()
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch have that many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
