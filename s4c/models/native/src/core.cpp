@@ -217,10 +217,8 @@ int guarded(Work work) {
     }
 }
 
-size_t input_bytes(const Linear& linear) {
-    size_t width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1;
-    return static_cast<size_t>(linear.padded) * width;
-}
+// Halves may be kept as wide as they were before they were rounded.
+size_t input_bytes(const Linear& linear) { return static_cast<size_t>(linear.padded) * (linear.kind == INT8 ? 1 : 4); }
 
 // The rows that each new row sees, as a prefix and a path of cache rows: up from parent to parent. A path that goes
 // on where the prefix ends becomes part of it.

@@ -17,12 +17,16 @@ namespace {
 constexpr int BLOCK = 16;  // outputs that stand side by side
 constexpr int GROUP = 4;   // blocks that a thread multiplies at once
 constexpr int BAND = 48;   // rows whose sums are kept at a time, whole tiles of any height
+// Rows of a tile for each kind of weights, and how many vectors of sums the registers hold beside weights and inputs.
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 9, REGISTERS = 27;  // of a tile's sums
+constexpr int TILE_ROWS[] = {9, 9, 9}, REGISTERS = 27;
+#elif defined(__AVX2__)
+constexpr int TILE_ROWS[] = {6, 5, 4}, REGISTERS = 5;
 #else
-constexpr int TILE_ROWS = 3, REGISTERS = 6;
+constexpr int TILE_ROWS[] = {3, 3, 3}, REGISTERS = 6;
 #endif
-constexpr int AHEAD = 48;        // inputs whose weights are fetched early, so that memory streams while sums are made
+constexpr int TALLEST = TILE_ROWS[FLOAT32];
+constexpr int AHEAD = 3072;      // bytes of weights that are fetched early, so that memory streams while sums are made
 constexpr int TURN_BYTES = 128;  // of the weights of one output
 
 struct Span {
@@ -42,15 +46,23 @@ inline int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
 
 // ---------------------------------------------------------------------------------------------- inputs of products
 
+#if defined(__AVX512BF16__)
 inline void to_bf16_row(const float* x, int size, int full, uint16_t* out) {
     int i = 0;
-#if defined(__AVX512BF16__)
     for (; i + LANES <= size; i += LANES)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(load(x + i)));
-#endif
     for (; i < size; i++) out[i] = to_bf16(x[i]);
     for (; i < full; i++) out[i] = 0;
 }
+using Half = uint16_t;
+#else
+// Rounded, but left as wide as they are: that is how the products take them.
+inline void to_bf16_row(const float* x, int size, int full, float* out) {
+    for (int i = 0; i < size; i++) out[i] = bf16_value(to_bf16(x[i]));
+    for (int i = size; i < full; i++) out[i] = 0;
+}
+using Half = float;
+#endif
 
 // Symmetric int8 with a scale of the row's own, which is NaN where an input is NaN or infinite.
 inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
@@ -96,7 +108,7 @@ void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
     if (linear.kind == FLOAT32) {
         std::memcpy(out, x, sizeof(float) * static_cast<size_t>(linear.inputs));
     } else if (linear.kind == BFLOAT16) {
-        to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<uint16_t*>(out));
+        to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<Half*>(out));
     } else {
         s.scales[row] = to_int8_row(x, linear.inputs, linear.padded, reinterpret_cast<int8_t*>(out));
     }
@@ -115,104 +127,70 @@ void prepare(const Linear& linear, const float* x, size_t stride, int count, Scr
 
 // ------------------------------------------------------------------------------------------------------- products
 
+// Each tile is a function of its own: where they are inlined into one, registers run short. Loops over its sums are flat,
+// and unrolled, for then the compiler keeps the sums in registers.
+#define ALONE __attribute__((noinline))
+#define UNROLLED _Pragma("GCC unroll 32")
+
+inline void fetch_early(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + AHEAD, 0, 3); }
+
 // A tile of R rows times B blocks adds the inputs [begin, end) to its sums, [R][GROUP * BLOCK]; begin = 0 starts them.
 
 template <int R, int B>
-inline void tile_fp32(const float* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
-    vf sums[R][B];
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) sums[r][b] = begin ? load(out + r * GROUP * BLOCK + b * BLOCK) : zero();
+ALONE void tile_fp32(const float* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
+    vf sums[R * B];
+    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : zero();
     for (int k = begin; k < end; k++) {
-        vf weights[B];
-        for (int b = 0; b < B; b++) {
-            const float* at = w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK;
-            weights[b] = load(at);
-            __builtin_prefetch(at + AHEAD * BLOCK, 0, 3);
-        }
-        for (int r = 0; r < R; r++) {
-            vf value = set1(reinterpret_cast<const float*>(x + stride * static_cast<size_t>(r))[k]);
-            for (int b = 0; b < B; b++) sums[r][b] = fma(weights[b], value, sums[r][b]);
-        }
+        auto weights = [&](int b) { return w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK; };
+        auto input = [&](int r) { return reinterpret_cast<const float*>(x + stride * static_cast<size_t>(r))[k]; };
+        for (int b = 0; b < B; b++) fetch_early(weights(b));
+        UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(load(weights(i % B)), set1(input(i / B)), sums[i]);
     }
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) store(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
+    UNROLLED for (int i = 0; i < R * B; i++) store(out + (i / B * GROUP + i % B) * BLOCK, sums[i]);
 }
 
 #if !defined(S4C_AMX)
 
 template <int R, int B>
-inline void tile_bf16(const uint16_t* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
-    vf sums[R][B];
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) sums[r][b] = begin ? load(out + r * GROUP * BLOCK + b * BLOCK) : zero();
+ALONE void tile_bf16(const uint16_t* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
+    vf sums[R * B];
+    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : zero();
     for (int k = begin / 2; k < end / 2; k++) {
-        const uint16_t* pairs = w + static_cast<size_t>(k) * 2 * BLOCK;
+        auto weights = [&](int b) { return w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 2 * BLOCK; };
+        auto inputs = [&](int r) { return reinterpret_cast<const Half*>(x + stride * static_cast<size_t>(r)) + 2 * k; };
+        for (int b = 0; b < B; b++) fetch_early(weights(b));
 #if defined(__AVX512BF16__)
-        __m512bh weights[B];
-        for (int b = 0; b < B; b++) weights[b] = (__m512bh)_mm512_loadu_si512(pairs + block * static_cast<size_t>(b));
-        for (int r = 0; r < R; r++) {
-            int32_t value = reinterpret_cast<const int32_t*>(x + stride * static_cast<size_t>(r))[k];
-            __m512bh values = (__m512bh)_mm512_set1_epi32(value);
-            for (int b = 0; b < B; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], values);
+        UNROLLED for (int i = 0; i < R * B; i++) {
+            auto pair = [](const void* at) { return (__m512bh)_mm512_loadu_si512(at); };
+            int32_t value;
+            std::memcpy(&value, inputs(i / B), sizeof(value));
+            sums[i] = _mm512_dpbf16_ps(sums[i], pair(weights(i % B)), (__m512bh)_mm512_set1_epi32(value));
         }
 #else
-        vf even[B], odd[B];
-        for (int b = 0; b < B; b++) load_bf16_pairs(pairs + block * static_cast<size_t>(b), even[b], odd[b]);
-        for (int r = 0; r < R; r++) {
-            uint32_t both = reinterpret_cast<const uint32_t*>(x + stride * static_cast<size_t>(r))[k];
-            uint32_t bits[2] = {both << 16, both & 0xffff0000u};
-            float value[2];
-            std::memcpy(value, bits, sizeof(value));
-            for (int b = 0; b < B; b++) sums[r][b] = fma(even[b], set1(value[0]), sums[r][b]);
-            for (int b = 0; b < B; b++) sums[r][b] = fma(odd[b], set1(value[1]), sums[r][b]);
-        }
+        UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(even_halves(weights(i % B)), set1(inputs(i / B)[0]), sums[i]);
+        UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(odd_halves(weights(i % B)), set1(inputs(i / B)[1]), sums[i]);
 #endif
     }
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) store(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
+    UNROLLED for (int i = 0; i < R * B; i++) store(out + (i / B * GROUP + i % B) * BLOCK, sums[i]);
 }
 
-// Integer sums are exact, so every instruction set gives the same ones.
+// A vector of weights holds those of four inputs for each of sixteen outputs. Integer sums are exact, so every instruction
+// set gives the same ones.
 template <int R, int B>
-inline void tile_int8(const int8_t* w, size_t block, int begin, int end, const char* x, size_t stride,
-                      const int32_t* weight_sums, int32_t* out) {
-#if defined(__AVX512VNNI__)
-    __m512i sums[R][B];
-    for (int b = 0; b < B; b++) {
-        // The inputs go in as x + 128, for the instruction multiplies unsigned by signed bytes.
-        __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(weight_sums + b * BLOCK), 7);
-        for (int r = 0; r < R; r++)
-            sums[r][b] = begin ? _mm512_loadu_si512(out + r * GROUP * BLOCK + b * BLOCK)
-                               : _mm512_sub_epi32(_mm512_setzero_si512(), shift);
-    }
+ALONE void tile_int8(const int8_t* w, size_t block, int begin, int end, const char* x, size_t stride, const int32_t* weight_sums,
+                     int32_t* out) {
+    vi sums[R * B];
+    UNROLLED for (int i = 0; i < R * B; i++)
+        sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : first_sums(weight_sums + i % B * BLOCK);
     for (int k = begin / 4; k < end / 4; k++) {
-        __m512i weights[B];
-        for (int b = 0; b < B; b++)
-            weights[b] = _mm512_loadu_si512(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 4 * BLOCK);
-        for (int r = 0; r < R; r++) {
-            uint32_t value = reinterpret_cast<const uint32_t*>(x + stride * static_cast<size_t>(r))[k] ^ 0x80808080u;
-            __m512i values = _mm512_set1_epi32(static_cast<int>(value));
-            for (int b = 0; b < B; b++) sums[r][b] = _mm512_dpbusd_epi32(sums[r][b], values, weights[b]);
-        }
+        auto weights = [&](int b) {
+            return reinterpret_cast<const int32_t*>(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 4 * BLOCK);
+        };
+        auto four = [&](int r) { return reinterpret_cast<const int32_t*>(x + stride * static_cast<size_t>(r))[k]; };
+        for (int b = 0; b < B; b++) fetch_early(weights(b));
+        UNROLLED for (int i = 0; i < R * B; i++) sums[i] = add_products(load(weights(i % B)), four(i / B), sums[i]);
     }
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) _mm512_storeu_si512(out + r * GROUP * BLOCK + b * BLOCK, sums[r][b]);
-#else
-    (void)weight_sums;
-    for (int r = 0; r < R; r++) {
-        const int8_t* values = reinterpret_cast<const int8_t*>(x + stride * static_cast<size_t>(r));
-        for (int b = 0; b < B; b++) {
-            int32_t sums[BLOCK] = {};
-            int32_t* at = out + r * GROUP * BLOCK + b * BLOCK;
-            if (begin) std::memcpy(sums, at, sizeof(sums));
-            const int8_t* weights = w + block * static_cast<size_t>(b) + begin * BLOCK;
-            for (int k = begin / 4; k < end / 4; k++, weights += 4 * BLOCK)
-                for (int o = 0; o < BLOCK; o++)
-                    for (int j = 0; j < 4; j++) sums[o] += weights[4 * o + j] * values[4 * k + j];
-            std::memcpy(at, sums, sizeof(sums));
-        }
-    }
-#endif
+    UNROLLED for (int i = 0; i < R * B; i++) store(out + (i / B * GROUP + i % B) * BLOCK, sums[i]);
 }
 
 #else
@@ -275,7 +253,7 @@ inline void finish(const Linear& linear, const float* sums, int row, int first_b
     auto output = [&](int b) {
         const float* at = sums + b * BLOCK;
         int first = (first_block + b) * BLOCK;
-        vf value = linear.kind == INT8 ? mul(load_i32(reinterpret_cast<const int32_t*>(at)), mul(set1(s.scales[row]), load(linear.scale + first)))
+        vf value = linear.kind == INT8 ? mul(to_float(load(reinterpret_cast<const int32_t*>(at))), mul(set1(s.scales[row]), load(linear.scale + first)))
                                        : load(at);
         if (linear.bias) value = add(value, load(linear.bias + first));
         for (int j = 0; term && j < term->rank; j++) {
@@ -336,41 +314,48 @@ inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* 
 #endif
 }
 
-template <int B>
+template <int B, int R = TALLEST>
 inline void tile_of(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
 #if defined(S4C_AMX)
     if (linear.kind != FLOAT32) return tile_amx<B>(linear, at, s, out);
 #endif
-    switch (at.rows) {
-        case 1: return tile<1, B>(linear, at, s, out);
-        case 2: return tile<2, B>(linear, at, s, out);
-        case 3: return tile<3, B>(linear, at, s, out);
-#if defined(__AVX512F__)
-        case 4: return tile<4, B>(linear, at, s, out);
-        case 5: return tile<5, B>(linear, at, s, out);
-        case 6: return tile<6, B>(linear, at, s, out);
-        case 7: return tile<7, B>(linear, at, s, out);
-        case 8: return tile<8, B>(linear, at, s, out);
-        default: return tile<9, B>(linear, at, s, out);
-#endif
+    if constexpr (R > 1) {
+        if (at.rows < R) return tile_of<B, R - 1>(linear, at, s, out);
     }
+    if constexpr (B == 1 || R * B <= REGISTERS) tile<R, B>(linear, at, s, out);
 }
 
-// How many rows one tile takes.
-inline int tile_height(const Linear& linear) {
 #if defined(S4C_AMX)
-    if (linear.kind != FLOAT32) return 16;
+inline bool in_tile_registers(const Linear& linear) { return linear.kind != FLOAT32; }
+#else
+inline bool in_tile_registers(const Linear&) { return false; }
 #endif
-    (void)linear;
-    return TILE_ROWS;
-}
 
-// After how many inputs the next tile has its turn: the weights of a turn stay in the nearest cache until the last tile
-// has used them, and memory streams on meanwhile.
-inline int turn_length(const Linear& linear, int tiles) {
-    if (tiles == 1 || tile_height(linear) > TILE_ROWS) return linear.padded;
-    return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
-}
+// How a product is cut into tiles: rows and blocks of one, and blocks that are finished together.
+struct Cut {
+    int height, width, group;
+
+    Cut(const Linear& linear, int count, Into into) {
+        height = in_tile_registers(linear) ? 16 : TILE_ROWS[linear.kind];
+        int rows = count < height ? count : height;
+        width = in_tile_registers(linear) || rows * GROUP <= REGISTERS ? GROUP : rows <= REGISTERS ? REGISTERS / rows : 1;
+        group = width;
+        if (into == Into::SWIGLU && width % 2) group = width > 1 ? --width : 2;
+    }
+
+    // After how many inputs the next tile has its turn: the weights of a turn stay in the nearest cache until the last
+    // tile has used them, and memory streams on meanwhile.
+    int turn(const Linear& linear, int tiles) const {
+        if (tiles == 1 || in_tile_registers(linear)) return linear.padded;
+        return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
+    }
+
+    // The rows of a tile, of a number of rows: tile registers take whole tiles, other tiles share the rows evenly.
+    Span span(const Linear& linear, int tile, int tiles, int rows) const {
+        if (!in_tile_registers(linear)) return {rows * tile / tiles, rows * (tile + 1) / tiles};
+        return {tile * height, (tile + 1) * height < rows ? (tile + 1) * height : rows};
+    }
+};
 
 // Prepared rows times one matrix. A thread takes a run of blocks, a group of them at a time; bands of rows pass by.
 void product(const Linear& linear, int count, const Scratch& s, Into into, float* y, size_t stride, const Team& team) {
@@ -378,28 +363,25 @@ void product(const Linear& linear, int count, const Scratch& s, Into into, float
     Span mine = share(into == Into::SWIGLU ? blocks / 2 : blocks, team);
     if (into == Into::SWIGLU) mine = {mine.begin * 2, mine.end * 2};
     alignas(64) float sums[BAND * GROUP * BLOCK];
-    int height = tile_height(linear);
-    int tallest = count < height ? count : height;
-    int group = height > TILE_ROWS || tallest * GROUP <= REGISTERS ? GROUP : REGISTERS / tallest;
-    if (into == Into::SWIGLU && group % 2) group--;
+    Cut cut(linear, count, into);
     for (int block = mine.begin, now; block < mine.end; block += now) {
-        now = mine.end - block < group ? mine.end - block : group;
+        now = mine.end - block < cut.group ? mine.end - block : cut.group;
         for (int top = 0; top < count; top += BAND) {
             int rows = count - top < BAND ? count - top : BAND;
-            int tiles = (rows + height - 1) / height;
-            int turn = turn_length(linear, tiles);
+            int tiles = (rows + cut.height - 1) / cut.height, turn = cut.turn(linear, tiles);
             for (int begin = 0; begin < linear.padded; begin += turn)
-                for (int t = 0; t < tiles; t++) {
-                    // Tile registers take whole tiles; other tiles share the rows evenly.
-                    int first = height > TILE_ROWS ? t * height : rows * t / tiles;
-                    int last = height > TILE_ROWS ? (first + height < rows ? first + height : rows) : rows * (t + 1) / tiles;
-                    Tile at{block, top + first, last - first, begin, begin + turn < linear.padded ? begin + turn : linear.padded};
-                    float* out = sums + first * GROUP * BLOCK;
-                    if (now == 4) tile_of<4>(linear, at, s, out);
-                    else if (now == 3) tile_of<3>(linear, at, s, out);
-                    else if (now == 2) tile_of<2>(linear, at, s, out);
-                    else tile_of<1>(linear, at, s, out);
-                }
+                for (int t = 0; t < tiles; t++)
+                    for (int b = 0, wide; b < now; b += wide) {
+                        wide = now - b < cut.width ? now - b : cut.width;
+                        Span span = cut.span(linear, t, tiles, rows);
+                        int end = begin + turn < linear.padded ? begin + turn : linear.padded;
+                        Tile at{block + b, top + span.begin, span.end - span.begin, begin, end};
+                        float* out = sums + (span.begin * GROUP + b) * BLOCK;
+                        if (wide == 4) tile_of<4>(linear, at, s, out);
+                        else if (wide == 3) tile_of<3>(linear, at, s, out);
+                        else if (wide == 2) tile_of<2>(linear, at, s, out);
+                        else tile_of<1>(linear, at, s, out);
+                    }
             for (int r = 0; r < rows; r++) {
                 float* line = y + stride * static_cast<size_t>(top + r);
                 finish(linear, sums + r * GROUP * BLOCK, top + r, block, now, s, into, line);
@@ -527,7 +509,7 @@ inline void score_blocks(const Query* queries, const HalfRows& at, int block, in
         vf even[KEYS], odd[KEYS];
         for (int b = 0; b < KEYS; b++) {
             const uint16_t* cells = keys + (static_cast<size_t>(b) * at.deep + static_cast<size_t>(i)) * LANES;
-            load_bf16_pairs(cells, even[b], odd[b]);
+            even[b] = even_halves(cells), odd[b] = odd_halves(cells);
             __builtin_prefetch(cells + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
         }
         for (int q = 0; q < Q; q++) {
@@ -560,9 +542,8 @@ inline float soften(float* scores, int count) {
 
 inline vf value_lanes(const FloatRows& at, size_t row, size_t vector) { return load(at.value(row, vector * LANES)); }
 inline vf value_lanes(const HalfRows& at, size_t row, size_t vector) {
-    vf even, odd;
-    load_bf16_pairs(at.value(row / 2 * 2, vector * LANES), even, odd);
-    return row % 2 ? odd : even;
+    const uint16_t* pairs = at.value(row / 2 * 2, vector * LANES);
+    return row % 2 ? odd_halves(pairs) : even_halves(pairs);
 }
 
 // Adds the weighted values of cache rows [begin, end), or of rows[begin ... end), to the sums of Q queries,

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, for each instruction set. A product with a sum is fused or not by what is written
+// Sixteen floats or integers at a time, for each instruction set. A product with a sum is fused or not by what is written
 // here and nowhere else (-ffp-contract=off), so that a result never depends on what the compiler inlined.
 #pragma once
 #include <cmath>
@@ -12,6 +12,13 @@
 namespace {
 
 constexpr int LANES = 16;
+
+inline float bf16_value(uint16_t bits) {
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
 
 #if defined(__AVX512F__)
 
@@ -31,12 +38,32 @@ inline vf minimum(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline vf absolute(vf a) { return _mm512_abs_ps(a); }
 inline vf nearest(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf times_power_of_two(vf a, vf n) { return _mm512_scalef_ps(a, n); }
-inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
-    __m512i pairs = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+inline vf even_halves(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline vf odd_halves(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline vf load_i32(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+
+using vi = __m512i;
+
+inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+#if defined(__AVX512VNNI__)
+// The inputs go in as x + 128, for the instruction multiplies unsigned by signed bytes.
+inline vi first_sums(const int32_t* weight_sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(load(weight_sums), 7)); }
+inline vi add_products(vi weights, int32_t four, vi sums) {
+    return _mm512_dpbusd_epi32(sums, _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8(-128)), weights);
+}
+#else
+// |w| times x with the sign of w: pairs of products stay within 16 bits, for no weight is -128.
+inline vi first_sums(const int32_t*) { return _mm512_setzero_si512(); }
+inline vi add_products(vi weights, int32_t four, vi sums) {
+    __m512i x = _mm512_set1_epi32(four);
+    x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(weights), _mm512_setzero_si512(), x);
+    __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(weights), x);
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -73,16 +100,34 @@ inline __m256 power_of_two(__m256 n) {
 inline vf times_power_of_two(vf x, vf n) {
     return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
 }
-inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
-    __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
-    even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-    odd = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+inline __m256i load_8(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline vf even_halves(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(load_8(p), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(load_8(p + 16), 16))};
 }
-inline vf load_i32(const int32_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
-            _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8)))};
+inline vf odd_halves(const uint16_t* p) {
+    __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm256_castsi256_ps(_mm256_and_si256(load_8(p), mask)), _mm256_castsi256_ps(_mm256_and_si256(load_8(p + 16), mask))};
+}
+
+struct vi {
+    __m256i a, b;
+};
+
+inline vi load(const int32_t* p) { return {load_8(p), load_8(p + 8)}; }
+inline void store(int32_t* p, vi x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
+}
+inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline vi first_sums(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// |w| times x with the sign of w: pairs of products stay within 16 bits, for no weight is -128.
+inline __m256i add_products(__m256i weights, __m256i x, __m256i sums) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline vi add_products(vi weights, int32_t four, vi sums) {
+    __m256i x = _mm256_set1_epi32(four);
+    return {add_products(weights.a, x, sums.a), add_products(weights.b, x, sums.b)};
 }
 
 #else
@@ -96,12 +141,6 @@ inline vf each(F f) {
     vf out;
     for (int i = 0; i < LANES; i++) out.lane[i] = f(i);
     return out;
-}
-inline float bf16_value(uint16_t bits) {
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
 }
 inline vf zero() { return each([](int) { return 0.0f; }); }
 inline vf set1(float x) { return each([=](int) { return x; }); }
@@ -125,11 +164,29 @@ inline vf nearest(const vf& a) { return each([&](int i) { return std::nearbyintf
 inline vf times_power_of_two(const vf& a, const vf& n) {
     return each([&](int i) { return std::ldexp(a.lane[i], static_cast<int>(n.lane[i])); });
 }
-inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
-    even = each([=](int i) { return bf16_value(p[2 * i]); });
-    odd = each([=](int i) { return bf16_value(p[2 * i + 1]); });
+inline vf even_halves(const uint16_t* p) { return each([=](int i) { return bf16_value(p[2 * i]); }); }
+inline vf odd_halves(const uint16_t* p) { return each([=](int i) { return bf16_value(p[2 * i + 1]); }); }
+
+struct vi {
+    int32_t lane[LANES];
+};
+
+inline vi load(const int32_t* p) {
+    vi out;
+    std::memcpy(out.lane, p, sizeof(out.lane));
+    return out;
 }
-inline vf load_i32(const int32_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+inline void store(int32_t* p, const vi& x) { std::memcpy(p, x.lane, sizeof(x.lane)); }
+inline vf to_float(const vi& x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
+inline vi first_sums(const int32_t*) { return {}; }
+inline vi add_products(const vi& weights, int32_t four, vi sums) {
+    int8_t w[4 * LANES], x[4];
+    std::memcpy(w, weights.lane, sizeof(w));
+    std::memcpy(x, &four, sizeof(x));
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < 4; j++) sums.lane[i] += w[4 * i + j] * x[j];
+    return sums;
+}
 
 #endif
 
