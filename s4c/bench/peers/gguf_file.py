@@ -18,11 +18,17 @@ from s4c.bench.contestants import Unavailable
 from s4c.models import weights
 from s4c.models.loading import load_config
 
-TYPES = {
-    "float32": (torch.float32, gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
-    "bfloat16": (torch.bfloat16, gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
-    "float16": (torch.float16, gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+FLOATS = {
+    "float32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+    "bfloat16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
+    "float16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
 }
+QUANTISED = {
+    "q4_0": (gguf.LlamaFileType.MOSTLY_Q4_0, gguf.GGMLQuantizationType.Q4_0),
+    "q4_1": (gguf.LlamaFileType.MOSTLY_Q4_1, gguf.GGMLQuantizationType.Q4_1),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
+}
+"""Blocks of 32 weights each; all matrices take them, the embeddings too."""
 
 
 def quantisation(file: Path) -> str:
@@ -42,12 +48,15 @@ def quantisation(file: Path) -> str:
 def write_gguf(directory: Path, file: Path, dtype: str) -> None:
     """Write the weights of a model directory as a GGUF file; vectors stay float32.
 
+    Args:
+        dtype: a key of `FLOATS` or `QUANTISED`.
+
     Raises:
         Unavailable: the model or the dtype is one that this file does not write.
     """
     config = load_config(directory)
     _check(config, dtype)
-    number, file_type, kind = TYPES[dtype]
+    file_type, kind = (FLOATS | QUANTISED)[dtype]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_file_type(file_type)
     _add_sizes(writer, config)
@@ -60,7 +69,7 @@ def write_gguf(directory: Path, file: Path, dtype: str) -> None:
         if tensor.ndim == 1:
             writer.add_tensor(place, tensor.numpy())
         else:
-            writer.add_tensor(place, _raw(tensor.to(number)), raw_dtype=kind)
+            writer.add_tensor(place, _raw(tensor, dtype), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,9 +77,10 @@ def write_gguf(directory: Path, file: Path, dtype: str) -> None:
 
 
 def _check(config: Any, dtype: str) -> None:
-    if dtype not in TYPES:
+    if dtype not in FLOATS and dtype not in QUANTISED:
         raise Unavailable(
-            f"no GGUF file is written in {dtype}; give --dtype float32 or bfloat16, or llama.cpp=FILE.gguf"
+            f"no GGUF file is written in {dtype}; give --dtype float32 or bfloat16, or llama.cpp=FORMAT "
+            f"({', '.join(QUANTISED)}) or llama.cpp=FILE.gguf"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type != "llama" or rope != "default":
@@ -106,6 +116,16 @@ def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a matrix, row by row."""
-    return tensor.contiguous().view(torch.uint8).numpy()
+def _raw(matrix: Tensor, dtype: str) -> np.ndarray[Any, Any]:
+    """The bytes of a matrix, row by row.
+
+    Raises:
+        Unavailable: its rows are not of whole blocks.
+    """
+    if dtype in FLOATS:
+        return matrix.to(getattr(torch, dtype)).contiguous().view(torch.uint8).numpy()
+    try:
+        blocks: np.ndarray[Any, Any] = gguf.quants.quantize(matrix.numpy(), QUANTISED[dtype][1])
+    except gguf.quants.QuantError as error:
+        raise Unavailable(f"a matrix {tuple(matrix.shape)} cannot be quantised to {dtype}: {error}") from error
+    return blocks

@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python, on a GGUF of the same weights or on any other GGUF of the model.
 
     llama.cpp                the target's weights in its dtype, written as a GGUF into the cache once
+    llama.cpp=q4_0           the same quantised by the GGUF library, q4_0, q4_1 or q8_0, likewise
     llama.cpp=original       the quantised file that a built-in model comes as
     llama.cpp=FILE.gguf      this file, in a row of its own named after its quantisation
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from s4c.bench.contestants import Contestant, Reply, Unavailable
-from s4c.bench.peers.gguf_file import quantisation, write_gguf
+from s4c.bench.peers.gguf_file import QUANTISED, quantisation, write_gguf
 from s4c.bench.peers.setting import Setting
 from s4c.models.builtin import BUILTIN, build_once, builtin_entry, fetch, home
 from s4c.types import SamplingParams
@@ -83,20 +84,25 @@ class LlamaCpp(Contestant):
 
 
 def peer(setting: Setting, argument: str) -> Contestant:
-    """The target's weights without an argument, else a GGUF file."""
+    """The target's weights without an argument, else those weights quantised, or a GGUF file."""
     _library()
     if not argument:
-        return LlamaCpp("llama.cpp", same_weights(setting), setting, same_weights=True)
-    file = original(setting.name) if argument == "original" else Path(argument).expanduser()
+        return LlamaCpp("llama.cpp", written(setting, setting.dtype), setting, same_weights=True)
+    if argument in QUANTISED:
+        file = written(setting, argument)
+    elif argument == "original":
+        file = original(setting.name)
+    else:
+        file = Path(argument).expanduser()
     if not file.is_file():
-        raise Unavailable(f"there is no file {file}; give --peers llama.cpp=FILE.gguf")
+        raise Unavailable(f"there is no file {file}; give --peers llama.cpp=FILE.gguf or {', '.join(QUANTISED)}")
     return LlamaCpp(f"llama.cpp-{quantisation(file)}", file, setting, same_weights=False)
 
 
-def same_weights(setting: Setting) -> Path:
-    """The GGUF file of the target's weights in the cache, written if it is not there."""
-    key = f"gguf-{setting.fingerprint[:16]}-{setting.dtype}"
-    entry = build_once(key, lambda folder: write_gguf(setting.folder, folder / "model.gguf", setting.dtype))
+def written(setting: Setting, dtype: str) -> Path:
+    """The GGUF file of the target's weights in a dtype of `write_gguf`, in the cache, written if it is not there."""
+    key = f"gguf-{setting.fingerprint[:16]}-{dtype}"
+    entry = build_once(key, lambda folder: write_gguf(setting.folder, folder / "model.gguf", dtype))
     return entry / "model.gguf"
 
 

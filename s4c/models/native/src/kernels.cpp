@@ -26,8 +26,7 @@ constexpr int TILE_ROWS[] = {6, 5, 4}, REGISTERS = 5;
 constexpr int TILE_ROWS[] = {3, 3, 3}, REGISTERS = 6;
 #endif
 constexpr int TALLEST = TILE_ROWS[FLOAT32];
-constexpr int AHEAD = 3072;      // bytes of weights that are fetched early, so that memory streams while sums are made
-constexpr int TURN_BYTES = 128;  // of the weights of one output
+constexpr int AHEAD = 3072;  // bytes of weights that a single tile fetches early
 
 struct Span {
     int begin, end;
@@ -132,18 +131,26 @@ void prepare(const Linear& linear, const float* x, size_t stride, int count, Scr
 #define ALONE __attribute__((noinline))
 #define UNROLLED _Pragma("GCC unroll 32")
 
-inline void fetch_early(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + AHEAD, 0, 3); }
+// Weights that are wanted soon, so that memory streams while sums are made: a tile fetches `step` bytes of each block for
+// every vector of weights that it uses.
+struct Soon {
+    const char* at;
+    int step;
+    size_t block;
 
-// A tile of R rows times B blocks adds the inputs [begin, end) to its sums, [R][GROUP * BLOCK]; begin = 0 starts them.
+    void fetch(int b, int used) const { __builtin_prefetch(at + block * static_cast<size_t>(b) + used * step, 0, 2); }
+};
+
+// A tile is the products of R rows with B blocks, [R][GROUP * BLOCK]; `steps` are vectors of weights of a block.
 
 template <int R, int B>
-ALONE void tile_fp32(const float* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
+ALONE void tile_fp32(const float* w, size_t block, int steps, const char* x, size_t stride, Soon soon, float* out) {
     vf sums[R * B];
-    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : zero();
-    for (int k = begin; k < end; k++) {
+    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = zero();
+    for (int k = 0; k < steps; k++) {
         auto weights = [&](int b) { return w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * BLOCK; };
         auto input = [&](int r) { return reinterpret_cast<const float*>(x + stride * static_cast<size_t>(r))[k]; };
-        for (int b = 0; b < B; b++) fetch_early(weights(b));
+        for (int b = 0; b < B; b++) soon.fetch(b, k);
         UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(load(weights(i % B)), set1(input(i / B)), sums[i]);
     }
     UNROLLED for (int i = 0; i < R * B; i++) store(out + (i / B * GROUP + i % B) * BLOCK, sums[i]);
@@ -152,13 +159,13 @@ ALONE void tile_fp32(const float* w, size_t block, int begin, int end, const cha
 #if !defined(S4C_AMX)
 
 template <int R, int B>
-ALONE void tile_bf16(const uint16_t* w, size_t block, int begin, int end, const char* x, size_t stride, float* out) {
+ALONE void tile_bf16(const uint16_t* w, size_t block, int steps, const char* x, size_t stride, Soon soon, float* out) {
     vf sums[R * B];
-    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : zero();
-    for (int k = begin / 2; k < end / 2; k++) {
+    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = zero();
+    for (int k = 0; k < steps; k++) {
         auto weights = [&](int b) { return w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 2 * BLOCK; };
         auto inputs = [&](int r) { return reinterpret_cast<const Half*>(x + stride * static_cast<size_t>(r)) + 2 * k; };
-        for (int b = 0; b < B; b++) fetch_early(weights(b));
+        for (int b = 0; b < B; b++) soon.fetch(b, k);
 #if defined(__AVX512BF16__)
         UNROLLED for (int i = 0; i < R * B; i++) {
             auto pair = [](const void* at) { return (__m512bh)_mm512_loadu_si512(at); };
@@ -177,17 +184,16 @@ ALONE void tile_bf16(const uint16_t* w, size_t block, int begin, int end, const 
 // A vector of weights holds those of four inputs for each of sixteen outputs. Integer sums are exact, so every instruction
 // set gives the same ones.
 template <int R, int B>
-ALONE void tile_int8(const int8_t* w, size_t block, int begin, int end, const char* x, size_t stride, const int32_t* weight_sums,
-                     int32_t* out) {
+ALONE void tile_int8(const int8_t* w, size_t block, int steps, const char* x, size_t stride, Soon soon,
+                     const int32_t* weight_sums, int32_t* out) {
     vi sums[R * B];
-    UNROLLED for (int i = 0; i < R * B; i++)
-        sums[i] = begin ? load(out + (i / B * GROUP + i % B) * BLOCK) : first_sums(weight_sums + i % B * BLOCK);
-    for (int k = begin / 4; k < end / 4; k++) {
+    UNROLLED for (int i = 0; i < R * B; i++) sums[i] = first_sums(weight_sums + i % B * BLOCK);
+    for (int k = 0; k < steps; k++) {
         auto weights = [&](int b) {
             return reinterpret_cast<const int32_t*>(w + block * static_cast<size_t>(b) + static_cast<size_t>(k) * 4 * BLOCK);
         };
         auto four = [&](int r) { return reinterpret_cast<const int32_t*>(x + stride * static_cast<size_t>(r))[k]; };
-        for (int b = 0; b < B; b++) fetch_early(weights(b));
+        for (int b = 0; b < B; b++) soon.fetch(b, k);
         UNROLLED for (int i = 0; i < R * B; i++) sums[i] = add_products(load(weights(i % B)), four(i / B), sums[i]);
     }
     UNROLLED for (int i = 0; i < R * B; i++) store(out + (i / B * GROUP + i % B) * BLOCK, sums[i]);
@@ -281,7 +287,8 @@ inline void finish(const Linear& linear, const float* sums, int row, int first_b
 
 struct Tile {
     int block, row, rows;  // which blocks and rows, and how many rows
-    int begin, end;        // inputs
+    int turn, turns;       // which of the tiles that use these weights
+    int group;             // blocks until the weights that are used next
 };
 
 #if defined(S4C_AMX)
@@ -296,21 +303,26 @@ inline void tile_amx(const Linear& linear, const Tile& at, const Scratch& s, flo
 }
 #endif
 
+// The only tile of its weights fetches what it will come to itself, several tiles share what comes after them.
+inline Soon soon_after(const Tile& at, const char* weights, size_t block, int steps) {
+    if (at.turns == 1) return {weights + AHEAD, 64, block};
+    int step = at.turns < 64 ? 64 / at.turns : 1;
+    return {weights + block * static_cast<size_t>(at.group) + at.turn * steps * step, step, block};
+}
+
 template <int R, int B>
 inline void tile(const Linear& linear, const Tile& at, const Scratch& s, float* out) {
     const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(at.row);
-    size_t block = static_cast<size_t>(linear.padded) * BLOCK;
-    size_t offset = block * static_cast<size_t>(at.block);
-    if (linear.kind == FLOAT32) {
-        tile_fp32<R, B>(static_cast<const float*>(linear.weight) + offset, block, at.begin, at.end, x, s.input_stride, out);
-        return;
-    }
+    size_t block = static_cast<size_t>(linear.padded) * BLOCK;  // in weights
+    int width = linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1, steps = linear.padded * width / 4;
+    size_t bytes = block * static_cast<size_t>(width);
+    const char* w = static_cast<const char*>(linear.weight) + bytes * static_cast<size_t>(at.block);
+    Soon soon = soon_after(at, w, bytes, steps);
+    if (linear.kind == FLOAT32) return tile_fp32<R, B>(reinterpret_cast<const float*>(w), block, steps, x, s.input_stride, soon, out);
 #if !defined(S4C_AMX)
-    auto* half = static_cast<const uint16_t*>(linear.weight) + offset;
-    auto* byte = static_cast<const int8_t*>(linear.weight) + offset;
     const int32_t* sums = linear.sums + at.block * BLOCK;
-    if (linear.kind == BFLOAT16) tile_bf16<R, B>(half, block, at.begin, at.end, x, s.input_stride, out);
-    else tile_int8<R, B>(byte, block, at.begin, at.end, x, s.input_stride, sums, reinterpret_cast<int32_t*>(out));
+    if (linear.kind == BFLOAT16) return tile_bf16<R, B>(reinterpret_cast<const uint16_t*>(w), block, steps, x, s.input_stride, soon, out);
+    tile_int8<R, B>(reinterpret_cast<const int8_t*>(w), block, steps, x, s.input_stride, soon, sums, reinterpret_cast<int32_t*>(out));
 #endif
 }
 
@@ -343,13 +355,6 @@ struct Cut {
         if (into == Into::SWIGLU && width % 2) group = width > 1 ? --width : 2;
     }
 
-    // After how many inputs the next tile has its turn: the weights of a turn stay in the nearest cache until the last
-    // tile has used them, and memory streams on meanwhile.
-    int turn(const Linear& linear, int tiles) const {
-        if (tiles == 1 || in_tile_registers(linear)) return linear.padded;
-        return TURN_BYTES / (linear.kind == FLOAT32 ? 4 : linear.kind == BFLOAT16 ? 2 : 1);
-    }
-
     // The rows of a tile, of a number of rows: tile registers take whole tiles, other tiles share the rows evenly.
     Span span(const Linear& linear, int tile, int tiles, int rows) const {
         if (!in_tile_registers(linear)) return {rows * tile / tiles, rows * (tile + 1) / tiles};
@@ -368,20 +373,19 @@ void product(const Linear& linear, int count, const Scratch& s, Into into, float
         now = mine.end - block < cut.group ? mine.end - block : cut.group;
         for (int top = 0; top < count; top += BAND) {
             int rows = count - top < BAND ? count - top : BAND;
-            int tiles = (rows + cut.height - 1) / cut.height, turn = cut.turn(linear, tiles);
-            for (int begin = 0; begin < linear.padded; begin += turn)
-                for (int t = 0; t < tiles; t++)
-                    for (int b = 0, wide; b < now; b += wide) {
-                        wide = now - b < cut.width ? now - b : cut.width;
-                        Span span = cut.span(linear, t, tiles, rows);
-                        int end = begin + turn < linear.padded ? begin + turn : linear.padded;
-                        Tile at{block + b, top + span.begin, span.end - span.begin, begin, end};
-                        float* out = sums + (span.begin * GROUP + b) * BLOCK;
-                        if (wide == 4) tile_of<4>(linear, at, s, out);
-                        else if (wide == 3) tile_of<3>(linear, at, s, out);
-                        else if (wide == 2) tile_of<2>(linear, at, s, out);
-                        else tile_of<1>(linear, at, s, out);
-                    }
+            int tiles = (rows + cut.height - 1) / cut.height;
+            for (int b = 0, wide; b < now; b += wide) {
+                wide = now - b < cut.width ? now - b : cut.width;
+                for (int t = 0; t < tiles; t++) {
+                    Span span = cut.span(linear, t, tiles, rows);
+                    Tile at{block + b, top + span.begin, span.end - span.begin, t, tiles, wide};
+                    float* out = sums + (span.begin * GROUP + b) * BLOCK;
+                    if (wide == 4) tile_of<4>(linear, at, s, out);
+                    else if (wide == 3) tile_of<3>(linear, at, s, out);
+                    else if (wide == 2) tile_of<2>(linear, at, s, out);
+                    else tile_of<1>(linear, at, s, out);
+                }
+            }
             for (int r = 0; r < rows; r++) {
                 float* line = y + stride * static_cast<size_t>(top + r);
                 finish(linear, sums + r * GROUP * BLOCK, top + r, block, now, s, into, line);
@@ -459,6 +463,8 @@ void place_row(const Stack& stack, const Layer& layer, int index, const Cache& c
 
 #if defined(__AVX512F__)
 constexpr int QUERIES = 6, VECTORS = 4;  // of a tile's sums
+#elif defined(__AVX2__)
+constexpr int QUERIES = 6, VECTORS = 1;
 #else
 constexpr int QUERIES = 2, VECTORS = 2;
 #endif
@@ -478,47 +484,32 @@ struct Query {
 
 // Scores of Q queries against KEYS blocks of sixteen cache rows.
 template <int Q, int KEYS>
-inline void score_blocks(const Query* queries, const FloatRows& at, int block, int size, float scale, float* scores, size_t stride) {
+ALONE void score_blocks(const Query* queries, const FloatRows& at, int block, int size, float scale, float* scores, size_t stride) {
     const float* keys = at.key(static_cast<size_t>(block) * LANES, 0);
-    vf sums[Q][KEYS];
-    for (int q = 0; q < Q; q++)
-        for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
+    vf sums[Q * KEYS];
+    UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = zero();
     for (int i = 0; i < size; i++) {
-        vf key[KEYS];
-        for (int b = 0; b < KEYS; b++) {
-            const float* cells = keys + (static_cast<size_t>(b) * at.size + static_cast<size_t>(i)) * LANES;
-            key[b] = load(cells);
-            __builtin_prefetch(cells + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
-        }
-        for (int q = 0; q < Q; q++) {
-            vf value = set1(queries[q].head[i]);
-            for (int b = 0; b < KEYS; b++) sums[q][b] = fma(key[b], value, sums[q][b]);
-        }
+        auto cells = [&](int b) { return keys + (static_cast<size_t>(b) * at.size + static_cast<size_t>(i)) * LANES; };
+        for (int b = 0; b < KEYS; b++) __builtin_prefetch(cells(b) + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
+        UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = fma(load(cells(j % KEYS)), set1(queries[j / KEYS].head[i]), sums[j]);
     }
-    for (int q = 0; q < Q; q++)
-        for (int b = 0; b < KEYS; b++) store(scores + stride * static_cast<size_t>(q) + b * LANES, mul(sums[q][b], set1(scale)));
+    UNROLLED for (int j = 0; j < Q * KEYS; j++)
+        store(scores + stride * static_cast<size_t>(j / KEYS) + j % KEYS * LANES, mul(sums[j], set1(scale)));
 }
 
 template <int Q, int KEYS>
-inline void score_blocks(const Query* queries, const HalfRows& at, int block, int size, float scale, float* scores, size_t stride) {
+ALONE void score_blocks(const Query* queries, const HalfRows& at, int block, int size, float scale, float* scores, size_t stride) {
     const uint16_t* keys = at.key(static_cast<size_t>(block) * LANES, 0);
-    vf sums[Q][KEYS];
-    for (int q = 0; q < Q; q++)
-        for (int b = 0; b < KEYS; b++) sums[q][b] = zero();
+    vf sums[Q * KEYS];
+    UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = zero();
     for (int i = 0; i < size; i += 2) {
-        vf even[KEYS], odd[KEYS];
-        for (int b = 0; b < KEYS; b++) {
-            const uint16_t* cells = keys + (static_cast<size_t>(b) * at.deep + static_cast<size_t>(i)) * LANES;
-            even[b] = even_halves(cells), odd[b] = odd_halves(cells);
-            __builtin_prefetch(cells + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
-        }
-        for (int q = 0; q < Q; q++) {
-            vf first = set1(queries[q].head[i]), second = set1(queries[q].head[i + 1]);
-            for (int b = 0; b < KEYS; b++) sums[q][b] = fma(odd[b], second, fma(even[b], first, sums[q][b]));
-        }
+        auto cells = [&](int b) { return keys + (static_cast<size_t>(b) * at.deep + static_cast<size_t>(i)) * LANES; };
+        for (int b = 0; b < KEYS; b++) __builtin_prefetch(cells(b) + static_cast<size_t>(KEYS * size) * LANES, 0, 3);
+        UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = fma(even_halves(cells(j % KEYS)), set1(queries[j / KEYS].head[i]), sums[j]);
+        UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = fma(odd_halves(cells(j % KEYS)), set1(queries[j / KEYS].head[i + 1]), sums[j]);
     }
-    for (int q = 0; q < Q; q++)
-        for (int b = 0; b < KEYS; b++) store(scores + stride * static_cast<size_t>(q) + b * LANES, mul(sums[q][b], set1(scale)));
+    UNROLLED for (int j = 0; j < Q * KEYS; j++)
+        store(scores + stride * static_cast<size_t>(j / KEYS) + j % KEYS * LANES, mul(sums[j], set1(scale)));
 }
 
 // Softmax over logical positions, in lanes of position % 16; gives one over the sum.
@@ -549,26 +540,22 @@ inline vf value_lanes(const HalfRows& at, size_t row, size_t vector) {
 // Adds the weighted values of cache rows [begin, end), or of rows[begin ... end), to the sums of Q queries,
 // [Q][head_dim padded]: V vectors of them. The weight of a row stands at its logical position, `shift` from its index.
 template <int Q, int V, class Place>
-inline void mix_values(const float* weights, size_t stride, const Place& at, size_t vector, size_t width, int begin, int end,
-                       const int32_t* rows, int shift, float* out) {
-    out += vector * LANES;
-    vf sums[Q][V];
-    for (int q = 0; q < Q; q++)
-        for (int v = 0; v < V; v++) sums[q][v] = load(out + width * static_cast<size_t>(q) + v * LANES);
+ALONE void mix_values(const float* weights, size_t stride, const Place& at, size_t vector, size_t width, int begin, int end,
+                      const int32_t* rows, int shift, float* out) {
+    auto sum = [&](int j) { return out + width * static_cast<size_t>(j / V) + (vector + static_cast<size_t>(j % V)) * LANES; };
+    vf sums[Q * V];
+    UNROLLED for (int j = 0; j < Q * V; j++) sums[j] = load(sum(j));
     for (int i = begin; i < end; i++) {
         size_t row = static_cast<size_t>(rows ? rows[i] : i);
         vf value[V];
-        for (int v = 0; v < V; v++) {
+        UNROLLED for (int v = 0; v < V; v++) {
             value[v] = value_lanes(at, row, vector + static_cast<size_t>(v));
             __builtin_prefetch(at.value(row + ROWS_AHEAD, (vector + static_cast<size_t>(v)) * LANES), 0, 3);
         }
-        for (int q = 0; q < Q; q++) {
-            vf weight = set1(weights[stride * static_cast<size_t>(q) + static_cast<size_t>(shift + i)]);
-            for (int v = 0; v < V; v++) sums[q][v] = fma(weight, value[v], sums[q][v]);
-        }
+        auto weight = [&](int q) { return weights[stride * static_cast<size_t>(q) + static_cast<size_t>(shift + i)]; };
+        UNROLLED for (int j = 0; j < Q * V; j++) sums[j] = fma(set1(weight(j / V)), value[j % V], sums[j]);
     }
-    for (int q = 0; q < Q; q++)
-        for (int v = 0; v < V; v++) store(out + width * static_cast<size_t>(q) + v * LANES, sums[q][v]);
+    UNROLLED for (int j = 0; j < Q * V; j++) store(sum(j), sums[j]);
 }
 
 template <int Q, class Place>
