@@ -1,5 +1,19 @@
-"""Tests run on one thread: tiny tensors are not worth a second one, and machines are shared."""
+"""Tests run on one thread: tiny tensors are not worth a second one, and machines are shared.
 
+What passes of tiny models cost stays out of the user's cache.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def costs_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = str(tmp_path_factory.mktemp("costs"))
+    patch = pytest.MonkeyPatch()
+    patch.setattr("s4c.engine.costs.home", lambda: Path(os.environ.get("S4C_HOME", elsewhere)))

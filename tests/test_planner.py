@@ -373,12 +373,13 @@ def test_costs_are_measured_once_and_kept(llm: LLM, clock: list[float], tmp_path
     assert len(files(tmp_path)) == 3
 
 
-def test_a_machine_that_has_changed_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
+def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
     drafter, plans = NgramDrafter(), plans_by_levels()
-    measured_costs(llm.target, drafter, plans, 2)
-    clock[1] = 1.2
-    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0
+    costs = measured_costs(llm.target, drafter, plans, 2)
     clock[1] = 2.0
+    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0, "slower, but evenly so"
+    (file,) = files(tmp_path)
+    file.write_text(json.dumps({"passes": costs.passes | {16: 0.5}, "drafts": costs.drafts}))
     assert measured_costs(llm.target, drafter, plans, 2).passes[1] == pytest.approx(2.0)
     known = known_costs(llm.target, drafter, 2)
     assert known is not None
@@ -400,13 +401,13 @@ def test_a_damaged_file_is_measured_anew(llm: LLM, clock: list[float], tmp_path:
     assert files(tmp_path) == [file]
 
 
-def test_a_cache_that_cannot_be_written_is_named(
+def test_a_cache_that_cannot_be_written_is_named_and_no_hindrance(
     llm: LLM, clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("S4C_HOME", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match="S4C_HOME"):
-        measured_costs(llm.target, NgramDrafter(), plans_by_levels(), 2)
+    with pytest.warns(match="S4C_HOME"):
+        assert measured_costs(llm.target, NgramDrafter(), plans_by_levels(), 2).passes[1] == 1.0
 
 
 def test_a_plan_is_asked_for_by_name(llm: LLM, clock: list[float]) -> None:

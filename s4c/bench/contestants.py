@@ -113,7 +113,7 @@ class Method(Contestant):
         with self.footprint.watch():
             self.drafter: Drafter = choose_drafter("none" if drafter == PLAIN else drafter, llm.target)
             self.use()
-        shape = self.drafter.default_tree if self.tree == "auto" else self.tree
+        shape = llm.tree
         if drafter != PLAIN and ":" in shape:
             self.nodes = TreePlan.parse(shape).nodes or None
 

@@ -51,7 +51,7 @@ def evaluate(
     runtime: options.Runtime = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Measure a drafter on text that it was not trained on."""
+    """Measure a drafter on text that it was not trained on, with the tree that it recommends unless one is asked for."""
     from s4c.verify.typical import title
 
     llm = options.load(
@@ -68,6 +68,8 @@ def evaluate(
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
+    if tree == "auto":  # the drafter's own, so that its figures do not depend on this machine
+        llm.use(llm.drafter, llm.drafter.default_tree)
     report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree, "rule": title(rule)}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):

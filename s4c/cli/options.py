@@ -37,7 +37,7 @@ Tree = Annotated[
     str,
     typer.Option(
         help="Shape of the draft trees: comb:K, best:N, chain:D, plan (what is fastest here, decided anew each "
-        "round), or auto (what the drafter recommends).",
+        "round), or auto (plan under the coupled rule, else what the drafter recommends).",
         rich_help_panel=MODEL,
     ),
 ]

@@ -52,7 +52,11 @@ class Drafter(ABC):
 
     name: str
     default_tree: str
-    """The tree that `--tree auto` stands for, as `TreePlan.parse` reads it."""
+    """The tree to draft where none is asked for and none is planned, as `TreePlan.parse` reads it."""
+
+    planned: bool = False
+    """Whether the engine plans its trees where none is asked for. Its trees then follow the plan of each round and say
+    what it believes of their nodes, and there are no probes."""
 
     probes: bool = False
     """Whether its trees hold probes, so that only passes of the target tell what it would draft."""

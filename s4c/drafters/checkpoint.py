@@ -41,7 +41,7 @@ class Checkpoint:
         target_name: of the target that it was trained for, as its user gave it.
         fingerprint: of that target.
         config: fields of the method's configuration.
-        default_tree: what `--tree auto` stands for; None for the method's own.
+        default_tree: of the drafter; None for the method's own.
     """
 
     method: str
@@ -69,7 +69,7 @@ def save_checkpoint(
         method: its name in the table of drafters.
         target: the target that it was trained for.
         provenance: facts for the model card (data, command, metrics); nested mappings become tables.
-        default_tree: the tree that `--tree auto` stands for; None for the method's own.
+        default_tree: of the drafter; None for the method's own.
         dtype: of the stored weights.
 
     Raises:

@@ -195,6 +195,7 @@ class DraftModelDrafter(Drafter):
     """
 
     name = "draft-model"
+    planned = True
 
     def __init__(
         self,

@@ -144,6 +144,7 @@ class MedusaDrafter(Drafter):
     """
 
     name = "medusa"
+    planned = True
 
     def __init__(self, model: MedusaModel, target: Target, dtype: torch.dtype) -> None:
         native = target.runtime == "native"

@@ -92,6 +92,7 @@ class NgramDrafter(Drafter):
     """
 
     name = "ngram"
+    planned = True
     default_tree = f"chain:{DEPTH}"
 
     def __init__(self, corpus: Corpus | None = None) -> None:

@@ -238,6 +238,7 @@ class S4CDrafter(Drafter):
     """
 
     name = "s4c"
+    planned = True
 
     def __init__(self, model: S4CModel, target: Target, dtype: torch.dtype) -> None:
         self.device = target.device

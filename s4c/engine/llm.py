@@ -29,6 +29,7 @@ from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
 from s4c.types import SamplingParams
+from s4c.verify.typical import any_rule
 from s4c.verify.tree import TreePlan
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -68,8 +69,8 @@ class LLM:
             drafter.
         rule: `coupled` (the tokens of plain decoding) or `rejection` (their law); or `typical`, which is lossy.
         tree: `comb:K`, `best:N`, `chain:D`, `plan` for the one that makes the most tokens per second, anew each round
-            (what passes cost is measured once and kept in the cache folder), or `auto` for what the drafter
-            recommends.
+            (what passes cost is measured once and kept in the cache folder), or `auto`: `plan` under the coupled rule,
+            and what the drafter recommends under others and for drafters with probes.
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
         runtime: `auto`, `native`, `torch` or `hf`.
@@ -98,6 +99,8 @@ class LLM:
         threads: int | None = None,
     ) -> None:
         check_threads(threads)
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
         if tree not in ("auto", NAME):
             TreePlan.parse(tree)
         self.tokenizer: Any = None
@@ -110,6 +113,7 @@ class LLM:
         self.rule = rule
         self.max_batch = max_batch
         self._planners: WeakKeyDictionary[Drafter, CostPlanner] = WeakKeyDictionary()
+        self._built: Engine | None = None
         self.use(drafter, tree)
 
     def use(self, drafter: str | Path | Drafter, tree: str = "auto") -> None:
@@ -120,9 +124,10 @@ class LLM:
             tree: as for the class.
         """
         self.drafter = drafter if isinstance(drafter, Drafter) else choose_drafter(drafter, self.target)
-        self.tree = self.drafter.default_tree if tree == "auto" else tree
-        planner = self._planner() if self.tree == NAME else FixedPlanner(TreePlan.parse(self.tree))
-        self._engine = Engine(self.target, self.drafter, planner, self.rule, self.max_batch)
+        self.tree = self._usual_tree() if tree == "auto" else tree
+        self._fixed = None if self.tree == NAME else FixedPlanner(TreePlan.parse(self.tree))
+        any_rule(self.rule)
+        self._built = None
 
     def generate(
         self,
@@ -209,6 +214,17 @@ class LLM:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    @property
+    def _engine(self) -> Engine:
+        """Built when it is first asked for, since a planner may have to measure before."""
+        if self._built is None:
+            self._built = Engine(self.target, self.drafter, self._fixed or self._planner(), self.rule, self.max_batch)
+        return self._built
+
+    def _usual_tree(self) -> str:
+        """The planner where the text does not depend on the trees, else the one that the drafter recommends."""
+        return NAME if self.rule == "coupled" and self.drafter.planned else self.drafter.default_tree
 
     def _planner(self) -> CostPlanner:
         """The planner of the drafter: what it has learnt is kept while others are used."""

@@ -21,8 +21,7 @@ class Scheduler:
     """
 
     def __init__(self, max_batch: int, move: Callable[[int, int], None]) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+        assert max_batch >= 1
         self.max_batch = max_batch
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
