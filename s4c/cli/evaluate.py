@@ -51,7 +51,7 @@ def evaluate(
     runtime: options.Runtime = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Measure a drafter on text that it was not trained on, with the tree that it recommends unless one is asked for."""
+    """Measure a drafter on text that it was not trained on, with the tree that it recommends unless one is named."""
     from s4c.verify.typical import title
 
     llm = options.load(

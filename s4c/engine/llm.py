@@ -29,8 +29,8 @@ from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.loading import has_tokenizer, load_target, load_tokenizer, resolve
 from s4c.types import SamplingParams
-from s4c.verify.typical import any_rule
 from s4c.verify.tree import TreePlan
+from s4c.verify.typical import any_rule
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 """Drafters that come with the package, one folder each."""
