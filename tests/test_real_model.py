@@ -90,7 +90,7 @@ def test_speculative_is_plain_in_low_precision(prompts: list[list[int]], dtype: 
 def test_the_shipped_drafter_is_for_this_target_and_accepts(llm: LLM, prompts: list[list[int]]) -> None:
     assert shipped_for(llm.target) is not None
     assert choose_drafter("auto", llm.target).name != "ngram"
-    llm.use("auto")
+    llm.use("auto", "best:10x3")
     generations = llm.generate(prompts, SamplingParams(max_new_tokens=40))
     rounds = sum(generation.stats.rounds for generation in generations)
     assert sum(len(generation.token_ids) for generation in generations) > 1.5 * rounds
