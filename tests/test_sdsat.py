@@ -175,7 +175,7 @@ def test_a_group_sees_the_true_prefix_and_its_own_tokens_alone(target: Any) -> N
 
     def features(tokens: torch.Tensor, places: torch.Tensor = at) -> torch.Tensor:
         with torch.no_grad():
-            return model._run(tokens, places)
+            return model._run(tokens, places)[1]
 
     whole = features(text)
     other = text.clone()

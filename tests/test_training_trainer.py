@@ -245,7 +245,7 @@ def test_the_rate_warms_up_and_falls(unbroken: Path) -> None:
 
 def test_the_best_is_the_one_of_the_highest_mal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mals = iter([1.5, 3.0, 2.0])
-    monkeypatch.setattr(Trainer, "_measure", lambda self: {"mal": next(mals), "acceptance": []})
+    monkeypatch.setattr(Trainer, "_measure", lambda self, served: {"mal": next(mals), "acceptance": []})
     result = run(tmp_path)
     assert (result.standing.best_mal, result.standing.best_step) == (3.0, 8)
     card = (tmp_path / "best/README.md").read_text()

@@ -118,7 +118,7 @@ def _models() -> dict[str, dict[str, Any]]:
 
 def _drafters() -> dict[str, dict[str, Any]]:
     """The methods with their settings, and the drafters that come with the package."""
-    from s4c.drafters import METHODS
+    from s4c.drafters import FULL, METHODS
     from s4c.drafters.checkpoint import read_checkpoint
     from s4c.engine.llm import SHIPPED
 
@@ -127,6 +127,7 @@ def _drafters() -> dict[str, dict[str, Any]]:
         "methods": {
             name: {
                 "trained": method.model is not None,
+                "trained with its target": name in FULL,
                 "drafter": (method.form or name) if method.create is not None else None,
                 "settings": {f.name: f.default for f in fields(method.config)} if method.config else {},
             }
@@ -235,6 +236,7 @@ def _print(report: dict[str, Any]) -> None:
         settings = " ".join(f"{key}={value}" for key, value in method["settings"].items())
         ways = [f"--drafter {method['drafter']}"] if method["drafter"] else []
         ways += ["s4c train"] if method["trained"] else []
+        ways += ["s4c train --full"] if method["trained with its target"] else []
         table.add_row("method", escape(f"{name} ({' or '.join(ways)}) {settings}"))
     for name, drafter in report["shipped"].items():
         table.add_row("shipped drafter", f"{name}: {drafter['method']} for {drafter['target']}")

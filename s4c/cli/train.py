@@ -41,6 +41,14 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting of the method, KEY=VALUE; may be repeated. `s4c info` lists them."),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Train a copy of the whole target along, which becomes a model of its own (sdsat can). It writes "
+            "another text than the target does.",
+        ),
+    ] = False,
     init: Annotated[
         Path | None,
         typer.Option(help="Checkpoint to start from, of the same settings.", show_default="untrained heads"),
@@ -92,7 +100,7 @@ def train(
     weights = {name: given[f"{name}_weight"] for name in ("lm", "teacher", "smooth") if f"{name}_weight" in given}
     named = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**named, weights=LossWeights(**weights))
-    line = trained_method(method)
+    line = trained_method(method, full)
     method_config = parse_settings(line, settings or [])
     llm = options.load(target, "none", dtype=dtype, device=_own(device), threads=threads, runtime=runtime)
     torch.set_num_threads(llm.threads)
@@ -108,18 +116,20 @@ def train(
     _report(trainer, trainer.fit())
 
 
-def trained_method(name: str) -> Method:
-    """The line of the table of drafters.
+def trained_method(name: str, full: bool = False) -> Method:
+    """The line of the table of drafters, or of those that are trained together with their target.
 
     Raises:
-        ValueError: there is no such method, or nothing to train in it.
+        ValueError: there is no such method, or nothing to train in it, or it leaves the target as it is.
     """
-    from s4c.drafters import METHODS
+    from s4c.drafters import FULL, METHODS
 
     trained = {method.name: method for method in METHODS.values() if method.model is not None}
     if name not in trained:
         raise ValueError(f"method {name!r} is not known or needs no training; it must be one of {', '.join(trained)}")
-    return trained[name]
+    if full and name not in FULL:
+        raise ValueError(f"method {name!r} leaves the target as it is; --full must go with one of {', '.join(FULL)}")
+    return FULL[name] if full else trained[name]
 
 
 def parse_settings(method: Method, settings: list[str]) -> Any:
@@ -190,7 +200,9 @@ def _command() -> str:
 
 
 def _report(trainer: Trainer, result: TrainResult) -> None:
-    """Say on stderr where the drafter is, and how a stopped run goes on."""
+    """Say on stderr where the drafter is, what became of the target, and how a stopped run goes on."""
+    from s4c.training.log import change_of_perplexity
+
     if not trainer.main:
         return
     standing = result.standing
@@ -199,4 +211,14 @@ def _report(trainer: Trainer, result: TrainResult) -> None:
         typer.echo(f"s4c: stopped; step {standing.step} is saved in {trainer.out}. Go on with: {again}", err=True)
         raise typer.Exit(130)
     quality = f" (MAL {standing.best_mal:.3f} at step {standing.best_step})" if standing.best_mal else ""
-    typer.echo(f"s4c: the drafter is in {result.best}{quality}; use it with --drafter {result.best}", err=True)
+    if result.tuned is None:
+        typer.echo(f"s4c: the drafter is in {result.best}{quality}; use it with --drafter {result.best}", err=True)
+        return
+    held = "its perplexity was not measured, as no row was held out"
+    if standing.best_perplexity:
+        held = change_of_perplexity(standing.base_perplexity, standing.best_perplexity)
+    typer.echo(
+        f"s4c: the drafter is in {result.best}{quality} and the model that it drafts for in {result.tuned}; use them "
+        f"with --target {result.tuned} --drafter {result.best}\ns4c: {held}",
+        err=True,
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,8 @@ class Prediction:
             where the method guesses none.
         offset: how far ahead of its position a prediction looks.
         made: [B, T] bool, the positions at which there is a prediction; None for all of them.
+        weight: None for a head. What the target itself says where it is trained along (offset 1) is taught the true
+            tokens of the answers alone, and this is the weight of that loss beside the heads'.
     """
 
     hidden: Tensor
@@ -116,6 +119,23 @@ class Prediction:
     features: Tensor | None
     offset: int
     made: Tensor | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a draft model in training is used as.
+
+    Attributes:
+        model: what drafts, and what is saved of it.
+        target: what it drafts for.
+        save_target: writes that target as a Hugging Face directory and gives its fingerprint; None where it is the
+            one that the training began with.
+    """
+
+    model: DraftModel
+    target: Target
+    save_target: Callable[[Path], str] | None = None
 
 
 class DraftModel(nn.Module, ABC):
@@ -149,6 +169,10 @@ class DraftModel(nn.Module, ABC):
             if not same_tokens and len(weight) == len(self.token_ids):
                 raise ValueError(f"{name} belongs to the tokens of another draft vocabulary; start from a tied LM head")
         self.load_state_dict(state, strict=False)
+
+    def served(self, target: Target) -> Served:
+        """With the target that it was made for, unless training changes that one: then with what it is by now."""
+        return Served(self, target)
 
     @abstractmethod
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> Drafter:

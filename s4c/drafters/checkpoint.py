@@ -3,6 +3,7 @@
     config.json         method, format, target (name and fingerprint), configuration, default tree
     model.safetensors   the trained weights in half precision, and the token ids of the draft vocabulary
     README.md           model card: target, data, command, metrics
+    model/              the target itself, a Hugging Face directory, where it was trained along with the drafter
 
 What belongs to the target (embeddings, LM head) is not in it: draft models hold that in buffers that are not
 persistent. A folder is written beside and swapped into place, so a reader or a crash finds the old one or the new one.
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from s4c.errors import CorruptCheckpoint, WrongTarget
 from s4c.models.base import Target, TargetSpec
 
 FORMAT = 1
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD, TARGET = "config.json", "model.safetensors", "README.md", "model"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def save_checkpoint(
     *,
     default_tree: str | None = None,
     dtype: torch.dtype = torch.float16,
+    save_target: Callable[[Path], str] | None = None,
 ) -> None:
     """Write a drafter, in place of the one that the folder may hold.
 
@@ -71,21 +73,26 @@ def save_checkpoint(
         provenance: facts for the model card (data, command, metrics); nested mappings become tables.
         default_tree: of the drafter; None for the method's own.
         dtype: of the stored weights.
+        save_target: writes a target that was trained along into a folder and gives its fingerprint; the drafter is
+            then for that one, and `target` says what it is in all else.
 
     Raises:
         OSError: it cannot be written; the folder is as it was.
         ValueError: a weight does not fit into the dtype.
     """
-    config = {
-        "method": method,
-        "format": FORMAT,
-        "target": {"name": target.name, "fingerprint": target.fingerprint},
-        "config": asdict(model.config),
-        "default_tree": default_tree,
-    }
     tensors = {name: _stored(name, value, dtype) for name, value in model.state_dict().items()}
 
     def write(folder: Path) -> None:
+        spec = target
+        if save_target is not None:
+            spec = replace(target, name=str(directory / TARGET), fingerprint=save_target(folder / TARGET))
+        config = {
+            "method": method,
+            "format": FORMAT,
+            "target": {"name": spec.name, "fingerprint": spec.fingerprint},
+            "config": asdict(model.config),
+            "default_tree": default_tree,
+        }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors)
         (folder / CARD).write_text(model_card(config, provenance))

@@ -28,7 +28,7 @@ from s4c.errors import UnsupportedModel
 from s4c.models.adapter import PRODUCTS, Adapter, LowRank, RowTerm
 from s4c.models.base import Target
 from s4c.models.layers import Rotary, grouped_mask
-from s4c.models.llama import LlamaTarget
+from s4c.models.llama import LlamaTarget, OpenModel
 from s4c.models.native.rows import native_top_and_total
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import root_only
@@ -36,7 +36,6 @@ from s4c.verify.tree import root_only
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from s4c.models.stack import OpenLayers
 
 FEWEST_TOKENS, MOST_TOKENS = 3, 13
 
@@ -78,7 +77,6 @@ class SDSATModel(DraftModel):
     """
 
     token_ids: Tensor
-    head: Tensor
 
     def __init__(self, target: Target, config: SDSATConfig, token_ids: Tensor) -> None:
         super().__init__()
@@ -90,7 +88,6 @@ class SDSATModel(DraftModel):
         self.config = config
         self.shape = target.shape
         self.register_buffer("token_ids", token_ids)
-        self.register_buffer("head", target.head_weight(), persistent=False)
         embedding = target.embedding_weight().float()
         scatter = 0.2 * embedding.std(0) * torch.randn(config.tokens, embedding.shape[1], device=embedding.device)
         self.embeddings = nn.Parameter(embedding.mean(0) + scatter)
@@ -99,17 +96,27 @@ class SDSATModel(DraftModel):
             self.down[name] = nn.Parameter(torch.randn(target.layers, config.rank, inputs) / inputs**0.5)
             self.up[name] = nn.Parameter(torch.zeros(target.layers, outputs, config.rank))
         self._target = target
-        self._opened: OpenLayers | None = None
+        self._opened: OpenModel | None = None
 
     def train(self, mode: bool = True) -> Self:
         """Training needs the target's layers: a runtime that cannot give them says so before it begins."""
         if mode:
-            self._layers()
+            self.opened()
         return super().train(mode)
 
+    def opened(self) -> OpenModel:
+        """The model whose pass is trained through."""
+        if self._opened is None:
+            self._opened = self._target.open()
+        return self._opened
+
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
+        return self.read(batch)[1]
+
+    def read(self, batch: TrainingBatch) -> tuple[Tensor, list[Prediction]]:
+        """The features of the text, [B, T, d], and what the groups that follow some of its tokens guess."""
         at, exists = self._places(batch)
-        hidden = self._run(batch.tokens, at)
+        text, hidden = self._run(batch.tokens, at)
         row = torch.arange(len(at), device=at.device)[:, None].expand_as(at)[exists]
         made = torch.zeros_like(batch.tokens, dtype=torch.bool)
         made[row, at[exists]] = True
@@ -118,11 +125,12 @@ class SDSATModel(DraftModel):
             spread = hidden.new_zeros(*batch.tokens.shape, hidden.shape[-1])
             spread = spread.index_put((row, at[exists]), hidden[:, :, number][exists])
             predictions.append(Prediction(spread, self.logits, None, offset=number + 2, made=made))
-        return predictions
+        return text, predictions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of [..., d]: the target's LM head."""
-        return F.linear(hidden.to(self.head.dtype), self.head)
+        head = self.opened().head
+        return F.linear(hidden.to(head.dtype), head)
 
     def adapter(self) -> Adapter:
         """A copy of the present weights, as a target takes them."""
@@ -138,11 +146,6 @@ class SDSATModel(DraftModel):
 
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> SDSATDrafter:
         return SDSATDrafter(self.config, self.adapter(), target)
-
-    def _layers(self) -> OpenLayers:
-        if self._opened is None:
-            self._opened = self._target.open_layers()
-        return self._opened
 
     def _places(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Where the groups stand: [B, G] int64, the tokens that they follow, and [B, G] bool, whether they exist.
@@ -160,29 +163,27 @@ class SDSATModel(DraftModel):
         device = batch.tokens.device
         return at.to(device), allowed.gather(1, at).to(device)
 
-    def _run(self, tokens: Tensor, at: Tensor) -> Tensor:
-        """[B, G, k, d]: the features of the groups that follow the tokens at [B, G] of a text [B, T].
+    def _run(self, tokens: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of a text [B, T] and of the groups that follow its tokens at [B, G]: [B, T, d], [B, G, k, d].
 
-        The text takes the same pass as without groups: its keys and values are fixed, and only the rows of the groups
-        are differentiated.
+        The text takes the same pass as without groups. Where the opened model is fixed its rows are constants, and only
+        those of the groups are differentiated.
         """
-        opened, shape, size = self._layers(), self.shape, self.config.tokens
+        opened, shape, size = self.opened(), self.shape, self.config.tokens
         batch, count, device = *tokens.shape, tokens.device
-        index = torch.arange(count, device=device)
-        x = self._target.embedding_weight()[tokens].float()
+        rope, index = opened.stack.rope, torch.arange(count, device=device)
+        x = F.embedding(tokens, opened.embedding).float()
         groups = self.embeddings.repeat(at.shape[1], 1).expand(batch, -1, -1)
         places = (at[..., None] + torch.arange(1, size + 1, device=device)).flatten(1)
-        text, probes = (Rotary(p, opened.rope.frequencies, opened.rope.scaling) for p in (index[None], places))
-        dtype = _product_dtype(self.head)
+        text, probes = (Rotary(p, rope.frequencies, rope.scaling) for p in (index[None], places))
+        dtype = _product_dtype(opened.head)
         causal = grouped_mask((index <= index[:, None])[None], shape, dtype)
         mask = grouped_mask(visible(at, size, count), shape, dtype)
-        for number, layer in enumerate(opened.layers):
+        for number, layer in enumerate(opened.stack.layers):
             seen = _Seen()
-            with torch.no_grad():
-                x = layer(x, text, causal, seen)
+            x = layer(x, text, causal, seen)
             groups = layer(groups, probes, mask, _Behind(seen), terms=self._terms(number))
-        features: Tensor = opened.norm(groups).unflatten(1, (-1, size))
-        return features
+        return opened.stack.norm(x), opened.stack.norm(groups).unflatten(1, (-1, size))
 
     def _terms(self, layer: int) -> dict[str, RowTerm]:
         return {name: RowTerm(LowRank(self.down[name][layer], self.up[name][layer])) for name in self.down}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +74,46 @@ def inverse_frequencies(config: Any) -> tuple[Tensor, float]:
     return frequencies, float(factor)
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that gradients pass through.
+
+    Attributes:
+        embedding: [V, d].
+        stack: its layers, and the norm after them.
+        head: [V, d]; the very tensor of the embedding where the two are tied.
+    """
+
+    embedding: Tensor
+    stack: OpenLayers
+    head: Tensor
+
+
+def layer_places(index: int, layer: DecoderLayer) -> dict[str, Tensor]:
+    """Where the weights of a layer stand, by their Hugging Face names: parameters, or rows of fused ones."""
+    shape = layer.attention.shape
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention, mlp = layer.attention, layer.mlp
+    places: dict[str, Tensor] = {
+        "input_layernorm.weight": layer.attention_norm.weight.data,
+        "post_attention_layernorm.weight": layer.mlp_norm.weight.data,
+    }
+    if shape.head_norms:
+        places["self_attn.q_norm.weight"] = attention.q_norm.weight.data
+        places["self_attn.k_norm.weight"] = attention.k_norm.weight.data
+    fused = {
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): (attention.qkv, [queries, keys, keys]),
+        ("self_attn.o_proj",): (attention.out, [shape.hidden]),
+        ("mlp.gate_proj", "mlp.up_proj"): (mlp.gate_up, [shape.intermediate] * 2),
+        ("mlp.down_proj",): (mlp.down, [shape.hidden]),
+    }
+    for names, (linear, rows) in fused.items():
+        places |= {f"{n}.weight": t for n, t in zip(names, linear.weight.data.split(rows), strict=True)}
+        if linear.bias is not None:
+            places |= {f"{n}.bias": t for n, t in zip(names, linear.bias.data.split(rows), strict=True)}
+    return {f"model.layers.{index}.{name}": place for name, place in places.items()}
+
+
 class LlamaTarget(Target):
     """A Llama-family model with a static cache and packed weights.
 
@@ -101,6 +142,7 @@ class LlamaTarget(Target):
         reason = unsupported(config)
         if reason is not None:
             raise UnsupportedModel(f"the fast runtimes cannot run {spec.name}: {reason}; use runtime 'hf'")
+        self.config = config
         self.spec = spec
         self.dtype = dtype
         self.device = device
@@ -170,8 +212,8 @@ class LlamaTarget(Target):
     def adapt(self, adapter: Adapter | None) -> None:
         self._adapter = adapter
 
-    def open_layers(self) -> OpenLayers:
-        """Copies of the layers to train through.
+    def open(self) -> OpenModel:
+        """The model for training through it: its own weights stay fixed.
 
         Raises:
             UnsupportedModel: the runtime is not torch.
@@ -181,7 +223,7 @@ class LlamaTarget(Target):
                 f"training passes through the layers of {self.spec.name}, which the runtime {self.runtime} cannot "
                 "differentiate; load it with runtime torch (--runtime torch)"
             )
-        return self._stack.open()
+        return OpenModel(self._embedding, self._stack.open(), self.head_weight())
 
     def embedding_weight(self) -> Tensor:
         return self._embedding
@@ -205,7 +247,7 @@ class LlamaTarget(Target):
             if index in unseen:
                 unseen.remove(index)
                 layers[index] = self._empty_layer(dtype)
-                names = self._layer_places(index, layers[index])
+                names = layer_places(index, layers[index])
                 waiting[index] = len(names)
                 places |= names
             place = places.pop(name, None)
@@ -244,27 +286,3 @@ class LlamaTarget(Target):
         if self.head.weight.data_ptr() != self._embedding.data_ptr():
             places["lm_head.weight"] = self.head.weight.data
         return places
-
-    def _layer_places(self, index: int, layer: DecoderLayer) -> dict[str, Tensor]:
-        """Where the weights of a layer go, by their Hugging Face names: parameters, or rows of fused ones."""
-        shape = self.shape
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        attention, mlp = layer.attention, layer.mlp
-        places: dict[str, Tensor] = {
-            "input_layernorm.weight": layer.attention_norm.weight.data,
-            "post_attention_layernorm.weight": layer.mlp_norm.weight.data,
-        }
-        if shape.head_norms:
-            places["self_attn.q_norm.weight"] = attention.q_norm.weight.data
-            places["self_attn.k_norm.weight"] = attention.k_norm.weight.data
-        fused = {
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): (attention.qkv, [queries, keys, keys]),
-            ("self_attn.o_proj",): (attention.out, [shape.hidden]),
-            ("mlp.gate_proj", "mlp.up_proj"): (mlp.gate_up, [shape.intermediate] * 2),
-            ("mlp.down_proj",): (mlp.down, [shape.hidden]),
-        }
-        for names, (linear, rows) in fused.items():
-            places |= {f"{n}.weight": t for n, t in zip(names, linear.weight.data.split(rows), strict=True)}
-            if linear.bias is not None:
-                places |= {f"{n}.bias": t for n, t in zip(names, linear.bias.data.split(rows), strict=True)}
-        return {f"model.layers.{index}.{name}": place for name, place in places.items()}

@@ -37,8 +37,8 @@ DTYPES = {
 }
 SHORTEST_CONTEXT = 8
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-"""What is fetched of a hub repository: configuration, safetensors, tokenizer, chat template. No code, no pickle."""
+HUB_FILES = [*weights.COMPANIONS, "model*.safetensors"]
+"""What is fetched of a hub repository."""
 
 
 def resolve(name: str) -> Path:

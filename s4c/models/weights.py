@@ -1,4 +1,4 @@
-"""A model as a directory: `config.json` beside safetensors, read without building the model.
+"""A model as a directory: `config.json` beside safetensors, read and written without building the model.
 
 Tensors are streamed shard by shard, so that loading never holds a second copy of the model. The fingerprint
 names the function that a directory computes, whatever the shards, the dtype it was saved in and the
@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from s4c.errors import CorruptCheckpoint
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+"""What belongs to a model beside its weights: configuration, tokenizer, chat template. No code, no pickle."""
 
 FUNCTION_KEYS = """
     model_type vocab_size tie_word_embeddings
@@ -98,6 +103,27 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
         with _opened(shard) as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 yield name, file.get_tensor(name)
+
+
+def write_model(directory: Path, like: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model directory: the configuration and the tokenizer of another one, and weights of its own.
+
+    Args:
+        directory: made here.
+        like: a model directory, from which everything but the weights is copied.
+        tensors: the weights under their Hugging Face names, all of one dtype, each with memory of its own.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    directory.mkdir()
+    for path in sorted({path for pattern in COMPANIONS for path in like.glob(pattern)}):
+        if path.name != INDEX:
+            shutil.copyfile(path, directory / path.name)
+    config = {key: value for key, value in read_config(like).items() if key != "torch_dtype"}
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / WEIGHTS).write_bytes(save(dict(tensors), {"format": "pt"}))
 
 
 def fingerprint(directory: Path) -> str:

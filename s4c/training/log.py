@@ -109,6 +109,8 @@ class TrainingLog:
                 f"step {standing.step}, {standing.tokens:,} tokens, {standing.seconds:.0f} s: "
                 f"MAL {metrics['mal']:.3f} (best {standing.best_mal:.3f}), acceptance by head {shares}"
             )
+            if "perplexity/tuned" in metrics:
+                self.say(change_of_perplexity(metrics["perplexity/base"], metrics["perplexity/tuned"]))
         self.mark = (time.monotonic(), standing.tokens)
 
     def say(self, message: str) -> None:
@@ -125,6 +127,11 @@ class TrainingLog:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(name, value, standing.step)
+
+
+def change_of_perplexity(base: float, tuned: float) -> str:
+    """A sentence on a target that was trained along, from its perplexities on the answers that were held out."""
+    return f"perplexity of held-out answers {tuned:.4f}, that of the target before {base:.4f} ({tuned / base - 1:+.2%})"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
 What stands in the folder `out`:
 
     steps/         the last saved steps, for a run that goes on (see checkpoint.py)
-    best/          the drafter with the highest simulated MAL on held-out text, ready to use
+    best/          the drafter with the highest simulated MAL on held-out text, ready to use; in best/model the target,
+                   where the method trains that along
     metrics.jsonl  losses, learning rate, tokens per second, MAL
     tensorboard/   the same for TensorBoard
 
@@ -30,14 +31,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from s4c.drafters.base import DraftModel, TrainingBatch
-from s4c.drafters.checkpoint import save_checkpoint
+from s4c.drafters.base import DraftModel, Served, TrainingBatch
+from s4c.drafters.checkpoint import TARGET, save_checkpoint
 from s4c.models.base import Target
 from s4c.training.checkpoint import exclusive, latest, load_state, read_facts, save_state
 from s4c.training.data import Row, batch_order, collate, summary
 from s4c.training.features import FeatureSource, open_features
 from s4c.training.log import TrainingLog, stop_signals
 from s4c.training.losses import CompositeLoss, LossWeights
+from s4c.training.perplexity import perplexity
 from s4c.training.simulate import HeadAcceptance, simulate
 from s4c.verify.tree import TreePlan
 
@@ -130,6 +132,9 @@ class Standing:
         seconds: spent so far.
         best_mal: highest simulated mean acceptance length.
         best_step: when that was.
+        base_perplexity: of the target on the answers of the validation, where the method trains a copy of it along;
+            0 until it is measured.
+        best_perplexity: of that copy, at the best step.
     """
 
     step: int = 0
@@ -139,6 +144,8 @@ class Standing:
     seconds: float = 0.0
     best_mal: float = 0.0
     best_step: int = 0
+    base_perplexity: float = 0.0
+    best_perplexity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,11 +156,13 @@ class TrainResult:
         standing: where the run ended.
         interrupted: whether a signal ended it before its limit.
         best: folder of the best drafter; None when none has been saved yet.
+        tuned: folder of the target that goes with it; None where that is the one that the training began with.
     """
 
     standing: Standing
     interrupted: bool
     best: Path | None
+    tuned: Path | None
 
 
 class Trainer:
@@ -238,8 +247,8 @@ class Trainer:
                     self._milestones(log, interrupted)
                 if interrupted:
                     log.say(f"stopped by a signal; step {self.standing.step} is saved in {self.out}, resume to go on")
-        best = self.out / "best"
-        return TrainResult(self.standing, interrupted, best if best.exists() else None)
+        best, tuned = (path if path.exists() else None for path in (self.out / "best", self.out / "best" / TARGET))
+        return TrainResult(self.standing, interrupted, best, tuned)
 
     def _open(self) -> None:
         """Take up the last saved step, or see that there is none; get the features."""
@@ -366,19 +375,21 @@ class Trainer:
         """Simulated MAL and acceptance on held-out rows; the best drafter so far is saved."""
         metrics: dict[str, Any] = {}
         if self.main:
+            served = self.model.served(self.target)
             if self.validation:
-                metrics = self._measure()
+                metrics = self._measure(served)
             mal = metrics.get("mal", 0.0)
             if mal > self.standing.best_mal or not self.validation:
                 self.standing.best_mal, self.standing.best_step = mal, self.standing.step
-                self._save_best(metrics)
+                self.standing.best_perplexity = metrics.get("perplexity/tuned", 0.0)
+                self._save_best(metrics, served)
         self.accelerator.wait_for_everyone()
         return metrics
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, served: Served) -> dict[str, Any]:
         self.model.eval()
         with torch.no_grad():
-            drafter = self.model.drafter(self.target)
+            drafter = served.model.drafter(served.target)
             plan = TreePlan.parse(self.config.tree or drafter.default_tree)
             spec, device = self.target.spec, self.target.device
             simulation = simulate(
@@ -388,28 +399,47 @@ class Trainer:
                 plan,
                 spec.vocab_size,
                 device=device,
-                target=self.target,
+                target=served.target,
             )
             heads = HeadAcceptance()
             for rows in batch_order([len(row) for row in self.validation], self.config.batch_tokens, 0, 0):
                 batch = collate([self.validation[r] for r in rows], [self.held_features[r] for r in rows], device)
-                heads.add(self.model, batch)
+                heads.add(served.model, batch)
         self.model.train()
         return {
             "mal": simulation.mean_acceptance_length,
             "histogram": simulation.histogram,
             "acceptance": [round(shares[0], 4) for shares in heads.conditional],
+            **self._perplexities(served),
         }
 
-    def _save_best(self, metrics: dict[str, Any]) -> None:
+    def _perplexities(self, served: Served) -> dict[str, float]:
+        """Of the target and of what it is by now, on the answers of the validation; none where it is fixed."""
+        if served.target is self.target:
+            return {}
+        standing = self.standing
+        standing.base_perplexity = standing.base_perplexity or perplexity(self.target, self.validation)
+        base, tuned = standing.base_perplexity, perplexity(served.target, self.validation)
+        return {"perplexity/base": base, "perplexity/tuned": tuned, "perplexity/change": tuned / base - 1}
+
+    def _save_best(self, metrics: dict[str, Any], served: Served) -> None:
+        spec = self.target.spec
         facts = {
             "metrics": {"step": self.standing.step, "tokens seen": self.standing.tokens, **metrics},
             "data": summary(self.train),
             "training": asdict(self.config),
             **self.provenance,
         }
+        if served.save_target is not None:
+            facts["target"] = f"The model in `{TARGET}`, tuned from `{spec.name}` (fingerprint `{spec.fingerprint}`)."
         save_checkpoint(
-            self.out / "best", self.model, self.method, self.target.spec, facts, default_tree=self.config.tree
+            self.out / "best",
+            served.model,
+            self.method,
+            spec,
+            facts,
+            default_tree=self.config.tree,
+            save_target=served.save_target,
         )
 
     def _save(self) -> None:
@@ -433,5 +463,5 @@ def _optimizer(model: DraftModel, config: TrainConfig) -> torch.optim.AdamW:
 def _difference(saved: Any, present: Any) -> str:
     if not isinstance(saved, dict) or not isinstance(present, dict):
         return f"{saved} then, {present} now"
-    names = [name for name in present if present[name] != saved.get(name)]
-    return ", ".join(f"{name} {saved.get(name)} then, {present[name]} now" for name in names)
+    names = [name for name in {**saved, **present} if present.get(name) != saved.get(name)]
+    return ", ".join(f"{name} {saved.get(name)} then, {present.get(name)} now" for name in names)
