@@ -114,6 +114,20 @@ def test_a_gguf_file_holds_the_weights(model: Path, llm: LLM, tmp_path: Path) ->
         write_gguf(tiny_models.save(tmp_path, "gpt2"), tmp_path / "n.gguf", "float32")
 
 
+@pytest.mark.parametrize(("dtype", "levels"), [("q8_0", 127), ("q4_0", 8), ("q4_1", 7.5)])
+def test_a_quantised_gguf_file_is_near_the_weights(tmp_path: Path, dtype: str, levels: float) -> None:
+    folder = tiny_models.save(tmp_path, "llama", intermediate_size=64)
+    write_gguf(folder, tmp_path / "m.gguf", dtype)
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    down = tiny_models.tiny("llama", intermediate_size=64).state_dict()["model.layers.1.mlp.down_proj.weight"].numpy()
+    found = tensors["blk.1.ffn_down.weight"]
+    values = gguf.dequantize(found.data, found.tensor_type).reshape(down.shape)
+    assert 0 < np.abs(values - down).max() <= np.abs(down).max() / levels
+    assert quantisation(tmp_path / "m.gguf") == dtype
+    with pytest.raises(Unavailable, match=rf"cannot be quantised to {dtype}"):
+        write_gguf(tiny_models.save(tmp_path, "llama", seed=1), tmp_path / "n.gguf", dtype)
+
+
 def test_llama_cpp_writes_the_same(llm: LLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python")
     monkeypatch.setenv("S4C_HOME", str(tmp_path))

@@ -70,7 +70,7 @@ def bench(
         str,
         typer.Option(
             help="Other programs, with commas between: hf (transformers), hf-lookup, hf-assisted=MODEL, llama.cpp "
-            "(the same weights), llama.cpp=FILE.gguf, llama.cpp=original, openai=URL."
+            "(the same weights), llama.cpp=q4_0 (quantised), llama.cpp=FILE.gguf, llama.cpp=original, openai=URL."
         ),
     ] = "",
     temperatures: Annotated[
