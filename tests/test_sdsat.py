@@ -456,6 +456,20 @@ def test_it_overfits_a_tiny_corpus(tmp_path: Path, target: Any) -> None:
     assert simulation.mean_acceptance_length == 20 / 6
 
 
+def strike(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training ends by an error in that step."""
+    left, drawn = step, SDSATModel._places
+
+    def places(model: SDSATModel, batch: TrainingBatch) -> Any:
+        nonlocal left
+        left -= model.training
+        if left == 0:
+            raise MemoryError("struck")
+        return drawn(model, batch)
+
+    monkeypatch.setattr(SDSATModel, "_places", places)
+
+
 def test_a_crash_and_a_resume_give_the_losses_of_an_unbroken_run(
     tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,16 +481,7 @@ def test_a_crash_and_a_resume_give_the_losses_of_an_unbroken_run(
         return tmp_path / out
 
     whole = fit("whole")
-    left, drawn = 5, SDSATModel._places
-
-    def places(model: SDSATModel, batch: TrainingBatch) -> Any:
-        nonlocal left
-        left -= model.training
-        if left == 0:
-            raise MemoryError("struck")
-        return drawn(model, batch)
-
-    monkeypatch.setattr(SDSATModel, "_places", places)
+    strike(monkeypatch, step=5)
     with pytest.raises(MemoryError):
         fit("broken")
     monkeypatch.undo()

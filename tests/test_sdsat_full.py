@@ -15,7 +15,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from test_engine import PROMPTS, SETTINGS
-from test_sdsat import CONFIG, RUNTIMES, VOCAB, answers, metrics, random_text, text_batch
+from test_sdsat import CONFIG, RUNTIMES, VOCAB, answers, metrics, random_text, strike, text_batch
 from tiny_training import TinyTarget, tiny_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -24,7 +24,6 @@ from s4c import LLM
 from s4c.cli.main import app
 from s4c.cli.train import parse_settings, trained_method
 from s4c.drafters import METHODS
-from s4c.drafters.base import TrainingBatch
 from s4c.drafters.checkpoint import load_model
 from s4c.drafters.sdsat import SDSATConfig, SDSATModel
 from s4c.drafters.sdsat_full import FullConfig, FullModel
@@ -296,16 +295,7 @@ def test_a_crash_and_a_resume_give_the_losses_of_an_unbroken_run(
 
     whole = fit("whole")
     assert losses(fit("seldom", config=replace(CONFIG, eval_every=6))) == losses(whole), "validation draws nothing"
-    left, drawn = 5, FullModel._places
-
-    def places(model: FullModel, batch: TrainingBatch) -> Any:
-        nonlocal left
-        left -= model.training
-        if left == 0:
-            raise MemoryError("struck")
-        return drawn(model, batch)
-
-    monkeypatch.setattr(FullModel, "_places", places)
+    strike(monkeypatch, step=5)
     with pytest.raises(MemoryError):
         fit("broken")
     monkeypatch.undo()

@@ -28,7 +28,7 @@ class CombinedDrafter(Drafter):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
-        self.planned = first.planned
+        self.planned = first.planned and not second.probes
         self.probes = first.probes or second.probes
         self._second_plan = TreePlan.parse(second.default_tree)
 

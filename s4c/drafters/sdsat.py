@@ -36,7 +36,6 @@ from s4c.verify.tree import root_only
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
 FEWEST_TOKENS, MOST_TOKENS = 3, 13
 
 

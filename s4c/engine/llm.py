@@ -113,7 +113,6 @@ class LLM:
         self.rule = rule
         self.max_batch = max_batch
         self._planners: WeakKeyDictionary[Drafter, CostPlanner] = WeakKeyDictionary()
-        self._built: Engine | None = None
         self.use(drafter, tree)
 
     def use(self, drafter: str | Path | Drafter, tree: str = "auto") -> None:
@@ -127,7 +126,7 @@ class LLM:
         self.tree = self._usual_tree() if tree == "auto" else tree
         self._fixed = None if self.tree == NAME else FixedPlanner(TreePlan.parse(self.tree))
         any_rule(self.rule)
-        self._built = None
+        self._built: Engine | None = None
 
     def generate(
         self,
