@@ -81,6 +81,8 @@ def train(
     lm_weight: Annotated[float | None, _setting("0.1", "Weight of the true token's loss.", LOSS)] = None,
     teacher_weight: Annotated[float | None, _setting("1.0", "Weight of the target's law.", LOSS)] = None,
     smooth_weight: Annotated[float | None, _setting("0.1", "Weight of the target's feature.", LOSS)] = None,
+    acceptance_weight: Annotated[float | None, _setting("0.0", "Weight of the chance of acceptance.", LOSS)] = None,
+    depth_weight: Annotated[float | None, _setting("1.0", "Of a head, over that of the one before.", LOSS)] = None,
     target: options.Target = options.DEFAULT_TARGET,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -97,7 +99,7 @@ def train(
     from s4c.training.losses import LossWeights
     from s4c.training.trainer import TrainConfig, Trainer
 
-    weights = {name: given[f"{name}_weight"] for name in ("lm", "teacher", "smooth") if f"{name}_weight" in given}
+    weights = {field.name: given[name] for field in fields(LossWeights) if (name := f"{field.name}_weight") in given}
     named = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
     config = TrainConfig(**named, weights=LossWeights(**weights))
     line = trained_method(method, full)
