@@ -22,7 +22,7 @@ from s4c.cli.main import app
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.engine import costs as costs_module
-from s4c.engine.costs import Costs, known_costs, measured_costs
+from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, CostPlanner, plans_by_levels
 from s4c.types import Verdict
 from s4c.verify.tree import from_paths, merge
@@ -65,6 +65,32 @@ def test_costs_follow_the_rounds_but_not_a_slow_one() -> None:
     assert costs.round(4, 1, 2) > costs.round(1, 1, 2) - 1, "a batch that has not been seen goes by the table"
 
 
+def test_a_longer_context_makes_each_node_dearer() -> None:
+    costs = Costs({1: 1.0, 2: 1.25, 32: 8.75}, {0: 0.0}, (0.001, 0.0005))
+    assert costs.round(1, 2, 0, 100) == pytest.approx(1.25 + 100 * 0.002)
+    assert costs.round(2, 2, 0, 100) == pytest.approx(1.75 + 100 * 0.002)
+    assert costs.round(1, 1, 0, -10 * CONTEXT) == pytest.approx(1.0 - CONTEXT * 0.0015), "there is nothing to read"
+    far = {"draft": 0.0, "verify": costs.round(1, 4, 0, 1000), "judge": 0.0, "commit": 0.0, "schedule": 0.0}
+    for _ in range(costs_module.RECENT):
+        costs.observe(1, 4, 0, far, 1000)
+    assert costs.round(1, 1, 0) == pytest.approx(1.0), "that is not the machine's pace"
+
+
+def test_no_context_makes_a_pass_free() -> None:
+    costs = Costs({1: 1.0, 32: 1.0}, {0: 0.0}, (1.0, 1.0))
+    assert costs.round(1, 8, 0, -CONTEXT) == pytest.approx(0.5)
+
+
+def test_trees_are_smaller_behind_a_long_context() -> None:
+    tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.4, 0.2, 0.1, 0.05]])
+    sizes = []
+    for context in (CONTEXT, 10 * CONTEXT, 100 * CONTEXT):
+        planner = CostPlanner(Costs({1: 1.0, 32: 1.31}, dict.fromkeys(LEVELS, 0.0), (0.0, 0.0001)))
+        planner.plan([context])
+        sizes.append(planner.prune(tree).size)
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
 # The size of a tree
 
 
@@ -89,7 +115,7 @@ def test_the_tree_is_the_best_of_all_subtrees(
     tree = from_paths(torch.arange(len(rows[0])), rows[0], 10, rows[1])
     passes = {n: 1.0 + sum(steps[: n - 1]) for n in range(1, 10)}
     planner = CostPlanner(Costs(passes, dict.fromkeys(LEVELS, draft)))
-    planner.plan(len(rows[0]))
+    planner.plan([CONTEXT] * len(rows[0]))
     chances = [row.chances for row in planner.acceptance.read(tree)]
     best = 0.0
     for size in range(1, tree.size + 1):
@@ -107,7 +133,7 @@ def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
     tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.5, 0.25, 0.12, 0.06]])
     for step, size in ((0.0, 5), (0.05, 4), (0.1, 3), (0.2, 2), (0.6, 1)):
         planner = CostPlanner(Costs({n: 1 + step * (n - 1) for n in range(1, 9)}, dict.fromkeys(LEVELS, 0.0)))
-        planner.plan(1)
+        planner.plan([CONTEXT])
         assert planner.prune(tree).size == size
 
 
@@ -115,7 +141,7 @@ def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
     tree = from_paths(torch.tensor([7]), [[[1, 2]]], 9)
     tree.belief = None
     planner = CostPlanner(Costs({1: 1.0, 32: 100.0}, LEVELS))
-    planner.plan(1)
+    planner.plan([CONTEXT])
     assert planner.prune(tree) is tree
     planner.record(verdict_of([1, 2], [1, 5]), seconds_of(planner.costs, 3, 0))
 
@@ -144,7 +170,7 @@ def test_the_depth_is_the_best_of_all_depths(right: list[float], first: float, l
             tokens += torch.tensor(right[: n + 1], dtype=torch.float64).prod().item()
         # A thousandth of rounding: means of a million ones lie a hair above one.
         rates.append(tokens / (1 + node * depth + drafts[depth]))
-    plan = planner.plan(1)
+    plan = planner.plan([CONTEXT])
     asked = plan.depth if plan.nodes > 1 else 0
     assert rates[asked] >= max(rates) * 0.999
 
@@ -174,7 +200,7 @@ class Text:
 
     def round(self, right: float, beside: float | None) -> None:
         planner, root = self.planner, torch.tensor([7])
-        plan = planner.plan(1)
+        plan = planner.plan([CONTEXT])
         found = None
         if beside is not None:
             found = from_paths(root, [[[1] * 8]], 9, [[0.8]])
@@ -284,7 +310,7 @@ class WildCosts(Costs):
         super().__init__({1: 1.0, 32: 2.0}, {0: 0.0})
         self.random = random.Random(0)
 
-    def round(self, batch: int, nodes: int, levels: int) -> float:
+    def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
         return self.random.uniform(0.1, 1.0)
 
 
@@ -379,7 +405,7 @@ def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: 
     clock[1] = 2.0
     assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0, "slower, but evenly so"
     (file,) = files(tmp_path)
-    file.write_text(json.dumps({"passes": costs.passes | {16: 0.5}, "drafts": costs.drafts}))
+    file.write_text(json.dumps({"passes": costs.passes | {16: 0.5}, "drafts": costs.drafts, "attention": [0, 0]}))
     assert measured_costs(llm.target, drafter, plans, 2).passes[1] == pytest.approx(2.0)
     known = known_costs(llm.target, drafter, 2)
     assert known is not None
@@ -388,7 +414,15 @@ def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: 
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", "null", '{"passes": {}, "drafts": {"0": 1}}', '{"passes": {"1": -1, "2": 1}, "drafts": {}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"passes": {}, "drafts": {"0": 1}, "attention": [0, 0]}',
+        '{"passes": {"1": -1, "2": 1}, "drafts": {"0": 1}, "attention": [0, 0]}',
+        '{"passes": {"1": 1, "2": 1}, "drafts": {"0": 1}, "attention": [0]}',
+    ],
 )
 def test_a_damaged_file_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path, damage: str) -> None:
     drafter = NgramDrafter()

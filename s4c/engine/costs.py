@@ -1,10 +1,11 @@
 """What passes and drafts cost on this machine: measured once, kept on disk, followed while generating.
 
-    T(n)  seconds of a pass over n tokens, its judgement included
-    D(l)  seconds of a draft of l levels; D(0) where the drafter is asked for none
+    T(n)     seconds of a pass over n tokens behind CONTEXT others, its judgement included
+    a + b n  seconds that each further token of the context adds to it, for attention
+    D(l)     seconds of a draft of l levels; D(0) where the drafter is asked for none
 
-A file holds both for each machine, target and drafter, below the folder `costs` of the cache. While generating, what
-the rounds take corrects them: the pace, by which a pass takes longer now than when it was measured (a long context, a
+A file holds them for each machine, target and drafter, below the folder `costs` of the cache. While generating, what
+the rounds take corrects them: the pace, by which a pass takes longer now than when it was measured (a
 busy machine, costly sampling), and the drafts of each batch size. All are medians of the last rounds, which one slow
 round does not move. So a file stays good on a machine that has become slower, and not where passes of one and of many
 tokens have changed apart.
@@ -37,14 +38,17 @@ from s4c.verify.rules import coupled
 from s4c.verify.scores import NoiseTable, Scores, choose
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 8, 16, 24, 32)
 """Tokens of the passes that are measured."""
 
-CONTEXT = 200
-"""Tokens that stand before them."""
+CONTEXT, FURTHER = 200, 700
+"""Tokens that stand before them, and before those that tell what the context costs."""
+
+FEW, MANY = 1, 16
+"""Tokens of the passes by which that, and whether a file still holds, is told."""
 
 REPEATS = 7
 RECENT = 15
@@ -75,10 +79,17 @@ class Costs:
     Args:
         passes: T(n) by number of tokens.
         drafts: D(l) for one sequence, by levels from 0 on.
+        attention: a and b, of one sequence; not negative.
     """
 
-    def __init__(self, passes: Mapping[int, float], drafts: Mapping[int, float]) -> None:
+    def __init__(
+        self,
+        passes: Mapping[int, float],
+        drafts: Mapping[int, float],
+        attention: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
         self.passes, self.drafts = dict(sorted(passes.items())), dict(sorted(drafts.items()))
+        self.attention = attention
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
@@ -86,24 +97,35 @@ class Costs:
         self._rest = Recent(0.0)
         self._drafts: dict[tuple[int, int], Recent] = {}
 
-    def round(self, batch: int, nodes: int, levels: int) -> float:
-        """Seconds of a round with trees of that many nodes after a draft of that many levels."""
+    def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
+        """Seconds of a round with trees of that many nodes after a draft of that many levels.
+
+        Args:
+            batch: sequences.
+            nodes: of each tree.
+            levels: of the draft.
+            further: tokens of their contexts, all together, beyond `CONTEXT` for each; below 0 where they are shorter.
+        """
         drafted = self._drafts.get((batch, levels))
         draft = self.drafts.get(levels, 0.0) if drafted is None else drafted.middle
-        return self._pace.middle * (self._pass(batch * nodes) + draft) + self._rest.middle
+        return self._pace.middle * (self._pass(batch, nodes, further) + draft) + self._rest.middle
 
-    def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float]) -> None:
+    def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them."""
         passed = seconds["verify"] + seconds["judge"]
-        self._pace.add(passed / self._pass(batch * nodes))
+        self._pace.add(passed / self._pass(batch, nodes, further))
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._pace.middle
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
-    def _pass(self, tokens: int) -> float:
+    def _pass(self, batch: int, nodes: int, further: int) -> float:
+        tokens = batch * nodes
         beyond = tokens - len(self._table) + 1
-        return self._table[-1] + beyond * self._slope if beyond > 0 else self._table[tokens]
+        near = self._table[-1] + beyond * self._slope if beyond > 0 else self._table[tokens]
+        each, by_node = self.attention
+        at_most = near / (2 * CONTEXT * batch)  # no more than half of a pass was attention
+        return near + max(further, -CONTEXT * batch) * min(each + by_node * nodes, at_most)
 
 
 def _between(passes: Mapping[int, float]) -> list[float]:
@@ -128,7 +150,8 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
     if costs is not None and not _outdated(costs, target):
         return costs
     with status("measuring what a pass costs here, once"):
-        costs = Costs(pass_seconds(target, judged(target), SIZES), draft_seconds(target, drafter, plans))
+        passes, attention = pass_seconds(target, judged(target), SIZES), attention_seconds(target)
+        costs = Costs(passes, draft_seconds(target, drafter, plans), attention)
     _write(file, costs)
     return costs
 
@@ -150,10 +173,13 @@ def _read(file: Path) -> Costs | None:
     try:
         tables = json.loads(file.read_text())
         passes, drafts = ({int(n): float(s) for n, s in tables[name].items()} for name in ("passes", "drafts"))
+        each, by_node = (float(s) for s in tables["attention"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    sound = all(0 <= s < float("inf") for s in (*passes.values(), *drafts.values())) and all(passes.values())
-    return Costs(passes, drafts) if sound and len(passes) > 1 and 0 in drafts and min(passes) == 1 else None
+    times = (*passes.values(), *drafts.values(), each, by_node)
+    sound = all(0 <= s < float("inf") for s in times) and all(passes.values())
+    whole = sound and len(passes) > 1 and 0 in drafts and min(passes) == 1
+    return Costs(passes, drafts, (each, by_node)) if whole else None
 
 
 def _write(file: Path, costs: Costs) -> None:
@@ -161,7 +187,7 @@ def _write(file: Path, costs: Costs) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.part-", delete=False) as part:
-            json.dump({"passes": costs.passes, "drafts": costs.drafts}, part)
+            json.dump({"passes": costs.passes, "drafts": costs.drafts, "attention": costs.attention}, part)
         os.chmod(part.name, 0o644)
         os.replace(part.name, file)
     except OSError as error:
@@ -173,7 +199,7 @@ def _write(file: Path, costs: Costs) -> None:
 
 
 def _outdated(costs: Costs, target: Target) -> bool:
-    sizes = [n for n in (1, 16) if n in costs.passes]
+    sizes = [n for n in (FEW, MANY) if n in costs.passes]
     now = pass_seconds(target, judged(target), sizes, LOOKS)
     paces = [now[n] / costs.passes[n] for n in now]
     return max(paces) > TRUSTED * min(paces)
@@ -184,15 +210,33 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
     return lambda tree: choose(target.verify(tree).logits, None)
 
 
+def attention_seconds(target: Target) -> tuple[float, float]:
+    """a and b, from what passes of few and of many tokens take behind a short and a long context."""
+    room = target.spec.context_length - MANY - CONTEXT
+    if room < 1:
+        return 0.0, 0.0
+    near, far = (
+        pass_seconds(target, judged(target), (FEW, MANY), context=context)
+        for context in (CONTEXT, CONTEXT + min(room, FURTHER - CONTEXT))
+    )
+    few, many = (max(0.0, far[n] - near[n]) / min(room, FURTHER - CONTEXT) for n in (FEW, MANY))
+    by_node = max(0.0, many - few) / (MANY - FEW)
+    return max(0.0, few - by_node * FEW), by_node
+
+
 def pass_seconds(
-    target: Target, work: Callable[[DraftTree], object], sizes: Sequence[int], repeats: int = REPEATS
+    target: Target,
+    work: Callable[[DraftTree], object],
+    sizes: Sequence[int],
+    repeats: int = REPEATS,
+    context: int = CONTEXT,
 ) -> dict[int, float]:
-    """Median seconds of `work` on a chain of 1, 2, 4, ... tokens behind `CONTEXT` others in slot 0.
+    """Median seconds of `work` on a chain of 1, 2, 4, ... tokens behind `context` others in slot 0.
 
     The sizes take turns, so that whatever else the machine does falls on all of them.
     """
     sizes = [n for n in sizes if n < target.spec.context_length]
-    context = max(1, min(CONTEXT, target.spec.context_length - sizes[-1]))
+    context = max(1, min(context, target.spec.context_length - sizes[-1]))
     times: dict[int, list[float]] = {n: [] for n in sizes}
     target.reserve(1, context + sizes[-1])
     target.prefill(0, some_tokens(target, context))

@@ -4,8 +4,9 @@
     tokens per second  =  ------------------------------------------------------------------------
                                     T(B n) + D(l) + the rest of the round
 
-n is the size of a tree and l the number of levels that were drafted, T and D are measured (engine/costs.py), and a(v)
-is the chance that v is accepted: the product, along its path, of the chances that a node is where its parent is.
+n is the size of a tree and l the number of levels that were drafted, T and D are measured (engine/costs.py; T for the
+lengths of the contexts), and a(v) is the chance that v is accepted: the product, along its path, of the chances that a
+node is where its parent is.
 
 The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
 by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
@@ -36,7 +37,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
-from s4c.engine.costs import Costs
+from s4c.engine.costs import CONTEXT, Costs
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import TreePlan, pruned
 
@@ -66,8 +67,8 @@ class Planner(Protocol):
     def pool(self) -> int:
         """Most nodes of a tree."""
 
-    def plan(self, batch: int) -> TreePlan:
-        """The plan that the drafter of this round gets."""
+    def plan(self, contexts: Sequence[int]) -> TreePlan:
+        """The plan that the drafter of this round gets; each sequence has so many tokens cached."""
 
     def prune(self, tree: DraftTree) -> DraftTree:
         """The part of a drafted tree that is worth its pass."""
@@ -86,7 +87,7 @@ class FixedPlanner:
     def pool(self) -> int:
         return self.fixed.nodes
 
-    def plan(self, batch: int) -> TreePlan:
+    def plan(self, contexts: Sequence[int]) -> TreePlan:
         return self.fixed
 
     def prune(self, tree: DraftTree) -> DraftTree:
@@ -109,6 +110,7 @@ class _Round:
     """What was decided for a round, and what the record of it needs."""
 
     batch: int
+    further: int = 0
     levels: int = 0
     certainties: list[list[float]] = field(default_factory=list)
     undrafted_rate: float = 0.0
@@ -136,8 +138,8 @@ class CostPlanner:
         self._credit = math.inf
         self._round = _Round(1)
 
-    def plan(self, batch: int) -> TreePlan:
-        self._round = _Round(batch)
+    def plan(self, contexts: Sequence[int]) -> TreePlan:
+        self._round = _Round(len(contexts), sum(contexts) - CONTEXT * len(contexts))
         return self._decide([])
 
     def beside(self, other: DraftTree) -> TreePlan:
@@ -159,21 +161,25 @@ class CostPlanner:
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
-        self.costs.observe(now.batch, now.size, now.levels, seconds)
+        self.costs.observe(now.batch, now.size, now.levels, seconds, now.further)
         accepted = verdict.accepted.tolist()
         for b, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
             self._learn(b, tokens[: count + 1])
         self._settle(now.batch + sum(accepted))
 
+    def _seconds(self, size: int, levels: int) -> float:
+        """What this round costs with trees of that size after a draft of that many levels."""
+        return self.costs.round(self._round.batch, size, levels, self._round.further)
+
     def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
         ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
-        batch, most = self._round.batch, max((len(row.tokens) for row in rows), default=1)
-        tokens = float(batch)
-        best = (1, tokens, self.costs.round(batch, 1, levels))
+        most = max((len(row.tokens) for row in rows), default=1)
+        tokens = float(self._round.batch)
+        best = (1, tokens, self._seconds(1, levels))
         for size in range(2, most + 1):
             tokens += sum(chances[size - 2] for chances in ordered)
-            seconds = self.costs.round(batch, size, levels)
+            seconds = self._seconds(size, levels)
             if tokens * best[2] > best[1] * seconds:
                 best = (size, tokens, seconds)
         return best
@@ -192,7 +198,7 @@ class CostPlanner:
             tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
             nodes += self.levels[level].nodes
             size = min(math.ceil(nodes), POOL)
-            cost = self.costs.round(now.batch, size, level)
+            cost = self._seconds(size, level)
             if tokens / cost > best_rate:
                 best, best_rate = level, tokens / cost
             if tokens / cost > tried_rate:
@@ -202,10 +208,10 @@ class CostPlanner:
 
     def _planned(self, nodes: int, rate: float) -> TreePlan:
         """The plan of a decision; its floor is where a level costs more than it can bring."""
-        levels, batch = self._round.levels, self._round.batch
+        levels = self._round.levels
         floor = -math.inf
         if rate and levels > 1:
-            cost = self.costs.round(batch, 1, levels) - self.costs.round(batch, 1, 1)
+            cost = self._seconds(1, levels) - self._seconds(1, 1)
             worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].right.value(LEVEL_PRIOR)
             floor = math.log(worth) if worth > 0 else -math.inf
         return Planned("best", WIDTH, max(levels, 1), nodes, min(floor, -0.1), self)
@@ -252,8 +258,8 @@ class CostPlanner:
     def _settle(self, tokens: int) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""
         now = self._round
-        most = max(now.stake, self.costs.round(now.batch, 1, 0))
-        seconds = self.costs.round(now.batch, now.size, now.levels)
+        most = max(now.stake, self._seconds(1, 0))
+        seconds = self._seconds(now.size, now.levels)
         self._credit = min(self._credit, most) + TRYING * seconds
         if now.levels:
             self._credit -= seconds - tokens / now.undrafted_rate

@@ -93,7 +93,7 @@ class Engine:
             positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
             scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.highest),
             sampled=self.sampled,
-            plan=self.planner.plan(len(running)),
+            plan=self.planner.plan([len(line) - 1 for line in tokens]),
         )
 
     def _prefill(self, sequence: Sequence) -> None:
