@@ -73,18 +73,20 @@ class Run:
         return accepted
 
 
-def predicted(model: S4CModel, line: list[int], features: torch.Tensor, drafted: list[int]) -> list[int]:
-    """What the heads predict of each drafted token by the training pass over the whole text."""
+def predicted(model: S4CModel, target: Any, line: list[int], features: torch.Tensor, drafted: list[int]) -> list[int]:
+    """What the heads predict of each drafted token by the training pass over the whole text, whose tokens they know."""
     text = line + drafted
     padded = torch.cat([features, torch.zeros(len(text) - len(features), features.shape[1])])
     batch = TrainingBatch(torch.tensor([text]), padded[None], torch.tensor([len(text)]), torch.tensor([0]))
     root = len(line) - 1
+    tied = model.config.lm_head == "tied"
+    more = torch.tensor(sorted(set(line) - set(model.token_ids.tolist())) if tied else [], dtype=torch.int64)
+    ids, rows = torch.cat([model.token_ids, more]), target.head_weight(more).float()
     with torch.no_grad():
-        heads = model.predictions(batch)
-        return [
-            int(model.token_ids[head.logits(head.hidden[0, root + level]).argmax()])
-            for level, head in enumerate(heads[: len(drafted)])
-        ]
+        heads = model.predictions(batch)[: len(drafted)]
+        outputs = [(head, head.hidden[0, root + level]) for level, head in enumerate(heads)]
+        logits = [torch.cat([head.logits(hidden), rows @ hidden]) for head, hidden in outputs]
+        return [int(ids[row.argmax()]) for row in logits]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_drafting_is_the_unrolled_training_pass(target: Any, config: dict[str, A
         scores, tree = run.propose()
         for slot, line in enumerate(run.tokens):
             drafted = tree.tokens[slot, 1:].tolist()
-            expected = predicted(model, line, run.features[slot], drafted)
+            expected = predicted(model, target, line, run.features[slot], drafted)
             assert drafted[: len(expected)] == expected
         run.finish(scores, tree)
 
@@ -124,7 +126,7 @@ def test_what_was_committed_while_nothing_was_drafted_is_taken_in(target: Any) -
         scores, tree = run.propose()
         for slot, line in enumerate(run.tokens):
             drafted = tree.tokens[slot, 1:].tolist()
-            assert drafted == predicted(model, line, run.features[slot], drafted)
+            assert drafted == predicted(model, target, line, run.features[slot], drafted)
         run.finish(scores, tree)
 
 
@@ -151,10 +153,32 @@ def test_accepted_features_feed_the_next_draft(target: Any) -> None:
     assert torch.equal(going_on.parents, fresh.parents)
 
 
+def test_a_sequence_may_draft_the_tokens_of_its_own_text_and_no_others(target: Any) -> None:
+    _, drafter = drafter_of(target, heads=2)
+    run = Run(target, drafter, PROMPTS, "best:64x1")
+    for _ in range(4):
+        scores, tree = run.propose()
+        for slot, line in enumerate(run.tokens):
+            drafted = set(tree.tokens[slot, 1:][tree.candidate[slot, 1:]].tolist())
+            assert drafted <= set(range(0, 64, 2)) | set(line)
+        run.finish(scores, tree)
+    assert (run.propose()[1].tokens[:, 1:] % 2).any(), "odd tokens come from the text alone"
+
+
+def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -> None:
+    _, drafter = drafter_of(target, heads=2, context_vocab=0)
+    _, tree = Run(target, drafter, PROMPTS, "best:64x1").propose()
+    assert not (tree.tokens[:, 1:] % 2).any()
+
+
 @pytest.mark.skipif(library.problem() is not None, reason="needs the native runtime")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4"])
-@pytest.mark.parametrize("config", [{}, {"heads": 1}, {"heads": 4, "lm_head": "low-rank", "rank": 8}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"heads": 1}, {"heads": 3, "context_vocab": 3}, {"heads": 4, "lm_head": "low-rank", "rank": 8}],
+    ids=str,
+)
 def test_a_draft_in_one_call_is_the_draft_level_by_level(
     target: Any, config: dict[str, Any], plan: str, temperature: float
 ) -> None:
@@ -217,7 +241,7 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
     assert torch.allclose(model.logits(hidden), hidden @ full.T, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 0}, {"lm_head": "borrowed"}, {"rank": 0}])
+@pytest.mark.parametrize("wrong", [{"heads": 0}, {"lm_head": "borrowed"}, {"rank": 0}, {"context_vocab": -1}])
 def test_a_wrong_configuration_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         S4CConfig(**wrong)

@@ -37,6 +37,7 @@ from s4c.drafters.base import (
     noise_by_level,
 )
 from s4c.drafters.rows import Rows
+from s4c.drafters.vocabulary import ContextVocabulary
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
 from s4c.models.native.draft import NativeDraft
@@ -57,6 +58,7 @@ class S4CConfig:
         heads: H, the number of heads (the paper: 3).
         layers: decoder layers of each head.
         draft_vocab: number of tokens that the drafter can propose, the most frequent ones; 0: all.
+        context_vocab: most tokens of its own text that a sequence may draft besides, with a tied LM head.
         lm_head: `tied` reads the target's own LM head, `own` trains a copy of it, `low-rank` trains a
             factorisation that starts from its best approximation of that rank.
         rank: of a low-rank LM head.
@@ -69,6 +71,7 @@ class S4CConfig:
     heads: int = 3
     layers: int = 1
     draft_vocab: int = 8192
+    context_vocab: int = 256
     lm_head: str = "tied"
     rank: int = 128
     normed_output: bool = False
@@ -81,6 +84,8 @@ class S4CConfig:
         for name in ("heads", "layers", "rank", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.context_vocab < 0:
+            raise ValueError(f"context_vocab is {self.context_vocab}; it must be 0 (none) or more")
         if self.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
 
@@ -263,6 +268,10 @@ class S4CDrafter(Drafter):
         pack(self.lm_head, dtype, native)
         self._native = NativeDraft(self._stacks, self.lm_head, self._embedding, self.token_ids) if native else None
         self._select = native_top_and_total if native else None
+        reduced = self.token_ids.shape[0] < target.spec.vocab_size and self.config.lm_head == "tied"
+        self._context: ContextVocabulary | None = None
+        if reduced and self.config.context_vocab:
+            self._context = ContextVocabulary(target, self.token_ids, self.config.context_vocab)
         self._slots: dict[int, _Slot] = {}
 
     def reserve(self, slots: int, length: int) -> None:
@@ -284,6 +293,8 @@ class S4CDrafter(Drafter):
             self._settle([state], rows.counts, self._carry(rows, outputs), slot)
         state.features = before[-1:]
         self._slots[slot] = state
+        if self._context is not None:
+            self._context.start(slot, tokens.tolist())
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
@@ -298,7 +309,8 @@ class S4CDrafter(Drafter):
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
-            tree = self._native.grow(plan, rows.tokens, rows.counts, features, carry, temperatures, noise)
+            further = self._context.kernels(len(states)) if self._context else [None] * len(states)
+            tree = self._native.grow(plan, rows.tokens, rows.counts, features, carry, temperatures, noise, further)
         else:
             tree, carry = self._grow(sequences, plan, rows, features, carry)
         self._settle(states, rows.counts, carry, 0)
@@ -320,10 +332,17 @@ class S4CDrafter(Drafter):
                 width = rows.frontier.shape[1]
                 inputs = _gather_rows(outputs[-1], rows.parents[:, -width:])
                 outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs)], 1)
-            logits = self.lm_head(_gather_rows(outputs[-1], rows.frontier)).float()
-            extend(sequences, builder, logits, self.token_ids)
+            extend(sequences, builder, *self._logits(_gather_rows(outputs[-1], rows.frontier)))
         outputs = self._run_remaining(outputs, rows, features, carry)
         return finish(sequences, builder), self._carry(rows, outputs)
+
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, W, V''] float32 of outputs [B, W, d], and [V''] int64, the tokens of its columns."""
+        logits = self.lm_head(hidden).float()
+        if self._context is None:
+            return logits, self.token_ids
+        further, ids = self._context.logits(hidden)
+        return torch.cat([logits, further], -1), torch.cat([self.token_ids, ids])
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         accepted = verdict.accepted.tolist()
@@ -337,10 +356,15 @@ class S4CDrafter(Drafter):
         for stack in self._stacks:
             stack.move(source, destination)
         self._slots[destination] = self._slots.pop(source)
+        if self._context is not None:
+            self._context.move(source, destination)
 
     def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[Rows, Tensor]:
         """The committed rows of a round, and the target's features that head 1 reads there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
+        if self._context is not None:
+            for slot, line in enumerate(lines):
+                self._context.add(slot, line)
         rows = Rows.of(lines, self.device)
         features = torch.stack([F.pad(s.features, (0, 0, 0, rows.text - s.features.shape[0])) for s in states])
         return rows, features

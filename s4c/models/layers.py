@@ -38,6 +38,9 @@ class Product(Protocol):
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight."""
 
+    def rows(self, rows: Tensor) -> Tensor:
+        """[R, inputs], some of its rows."""
+
 
 class OneDNNProduct:
     """A weight packed for oneDNN, whose results depend on the number of rows in their last bits."""
@@ -56,6 +59,9 @@ class OneDNNProduct:
 
     def dense(self) -> Tensor:
         return self._weight.to_dense()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        return self.dense()[rows]
 
 
 class Linear(nn.Module):
@@ -78,6 +84,10 @@ class Linear(nn.Module):
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight, packed or not."""
         return self.weight.detach() if self.packed is None else self.packed.dense()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """[R, inputs], some rows of the weight."""
+        return self.weight.detach()[rows] if self.packed is None else self.packed.rows(rows)
 
     def pack(self, dtype: torch.dtype, native: bool = False) -> None:
         """Cast to a dtype, and pack where that is faster; a packed weight can neither be trained nor saved.
@@ -105,6 +115,29 @@ class Linear(nn.Module):
         else:
             y = self.packed(x)
         return y if term is None else term(x, y)
+
+
+class GrowingLinear:
+    """y = x W^T in float32, where W gets its rows one after the other.
+
+    Args:
+        inputs: of x.
+        most: rows of W.
+        device: where it is.
+    """
+
+    def __init__(self, inputs: int, most: int, device: torch.device) -> None:
+        self._weight = torch.zeros(most, inputs, device=device)
+        self._count = 0
+
+    def place(self, places: Tensor, rows: Tensor) -> None:
+        """Put rows [R, inputs] at their places [R] int64, of which the highest is the last row for now."""
+        self._weight[places] = rows.float()
+        self._count = max(self._count, int(places.max()) + 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., rows so far] float32 of [..., inputs]."""
+        return F.linear(x.float(), self._weight[: self._count])
 
 
 class RMSNorm(nn.Module):

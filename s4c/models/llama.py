@@ -229,8 +229,9 @@ class LlamaTarget(Target):
         return self._embedding
 
     def head_weight(self, rows: Tensor | None = None) -> Tensor:
-        weight = self._embedding if self._tied else self.head.dense()
-        return weight if rows is None else weight[rows]
+        if self._tied:
+            return self._embedding if rows is None else self._embedding[rows]
+        return self.head.dense() if rows is None else self.head.rows(rows)
 
     def final_norm_weight(self) -> Tensor | None:
         return self._final_norm

@@ -222,6 +222,8 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
     Floats embedding = noise(VOCABULARY * d, seed), features = noise(2 * LONGEST * d, seed + 1), gumbel = noise(VOCABULARY, seed + 2);
     const float temperatures[2] = {0.0f, 0.8f};
     Weights lm_head(kind, 24, VOCABULARY, seed + 3, false), joins[2] = {{kind, 48, 24, seed + 4, false}, {kind, 48, 24, seed + 5, true}};
+    Weights more(FLOAT32, 24, 5, seed + 6, false);
+    const int64_t more_ids[5] = {9, 8, 7, 6, 5};
     auto draft = [&](int first, int batch) {
         Model models[2] = {{kind, shape, seed + 100}, {kind, shape, seed + 200}};
         const Stack* stacks[2];
@@ -236,8 +238,10 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
         std::vector<const float*> rows;
         for (int b = first; b < first + batch; b++) rows.insert(rows.end(), DEPTH, b ? gumbel.data() : nullptr);
         const int32_t lengths[2] = {0, 0};
+        const Linear* further[2] = {nullptr, &more.c};
+        const int64_t* further_ids[2] = {nullptr, more_ids};
         Round round{batch, LONGEST, tokens.data() + first * LONGEST, counts + first, lengths, features.data() + static_cast<size_t>(first * LONGEST) * d,
-                    carry.data(), temperatures + first, rows.data()};
+                    carry.data(), temperatures + first, rows.data(), further + first, further_ids + first};
         std::vector<int64_t> out(static_cast<size_t>(2 * batch * plan.nodes));
         Floats path(static_cast<size_t>(batch * plan.nodes));
         CHECK(s4c_draft(&heads, &plan, &round, plan.nodes, out.data(), out.data() + batch * plan.nodes, path.data()) == plan.nodes);

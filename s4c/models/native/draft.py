@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from s4c.models.layers import Linear
 from s4c.models.native import library
 from s4c.models.native.library import CHeads, CPlan, CRound, pointers
-from s4c.models.native.linear import NativeLinear
+from s4c.models.native.linear import NativeGrowing, NativeLinear
 from s4c.models.native.rows import MOST_TOP
 from s4c.models.native.stack import NativeStack
 from s4c.models.stack import Stack
@@ -63,6 +63,7 @@ class NativeDraft:
         carry: Tensor,
         temperatures: Sequence[float],
         noise: Sequence[Tensor | None],
+        further: Sequence[tuple[NativeGrowing, Tensor] | None],
     ) -> DraftTree:
         """A tree below the last token of each sequence; none of its rows is sampled.
 
@@ -75,6 +76,8 @@ class NativeDraft:
                 brought up to the root.
             temperatures: of the B requests.
             noise: B times D rows [V] float32, of the levels of each sequence; None where there is no noise.
+            further: of each sequence the product that makes the logits of tokens beyond the draft vocabulary, and
+                [at least as many as its outputs] int64, these tokens; None where there are none.
         """
         batch, longest = tokens.shape
         most = plan.nodes if plan.kind == "best" else plan.width * plan.depth + 1
@@ -82,6 +85,7 @@ class NativeDraft:
         for stack in self._stacks:
             stack.reserve(batch, max(lengths) + longest + EXPANDED_PER_LEVEL * plan.depth)
         assert len(noise) == batch * plan.depth
+        assert len(further) == batch
         tokens, features = tokens.contiguous(), features.contiguous()
         assert features.dtype == carry.dtype == torch.float32
         assert carry.is_contiguous()
@@ -90,10 +94,12 @@ class NativeDraft:
             (ctypes.c_int32 * batch)(*lengths),
             (ctypes.c_float * batch)(*temperatures),
             pointers([None if row is None else row.data_ptr() for row in noise]),
+            pointers([None if more is None else ctypes.addressof(more[0].c) for more in further]),
+            pointers([None if more is None else more[1].data_ptr() for more in further]),
         )
-        counted, committed, cooled, rows = (ctypes.cast(array, ctypes.c_void_p) for array in held)
+        counted, committed, *rest = (ctypes.cast(array, ctypes.c_void_p) for array in held)
         shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
-        addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), cooled, rows
+        addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), *rest
         out = torch.empty(2, batch * most, dtype=torch.int64), torch.empty(batch * most)
         size = library.core().s4c_draft(
             ctypes.byref(self._heads),

@@ -104,6 +104,7 @@ class CRound(Structure):
         ("batch", c_int32),
         ("longest", c_int32),
         *((name, c_void_p) for name in ("tokens", "counts", "lengths", "features", "carry", "temperatures", "noise")),
+        *((name, c_void_p) for name in ("further", "further_ids")),
     ]
 
 

@@ -116,11 +116,44 @@ class NativeLinear:
             library.check(library.core().s4c_linear(ctypes.byref(self.c), x.data_ptr(), rows, out.data_ptr()))
         return out
 
+    def rows(self, rows: Tensor) -> Tensor:
+        """[R, inputs], some rows of `dense`."""
+        assert not self._pair
+        chosen = self._packed[rows // BLOCK, :, rows % BLOCK].flatten(1)[:, : self.shape[1]]
+        return chosen if self._scale is None else chosen * self._scale[rows, None]
+
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight that the products are of, in float32 for int8."""
         assert not self._pair
         rows = self._packed.transpose(1, 2).flatten(2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
         return rows if self._scale is None else rows * self._scale[: self.shape[0], None]
+
+
+class NativeGrowing:
+    """`GrowingLinear` for the kernels.
+
+    Args:
+        inputs: of x.
+        most: rows.
+    """
+
+    def __init__(self, inputs: int, most: int) -> None:
+        self._packed = torch.zeros(-(-most // BLOCK), inputs, BLOCK)
+        self.c = CLinear(_FORMATS[torch.float32].kind, inputs, inputs, 0, self._packed.data_ptr())
+
+    def place(self, places: Tensor, rows: Tensor) -> None:
+        """Put rows [R, inputs] at their places [R] int64, of which the highest is the last row for now."""
+        self._packed[places // BLOCK, :, places % BLOCK] = rows.float()
+        self.c.outputs = max(self.c.outputs, int(places.max()) + 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., rows so far] float32 of [..., inputs]."""
+        x = x.float().contiguous()
+        out = torch.empty(*x.shape[:-1], self.c.outputs)
+        library.check(
+            library.core().s4c_linear(ctypes.byref(self.c), x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
+        )
+        return out
 
 
 class NativeLowRank:

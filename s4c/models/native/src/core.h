@@ -160,6 +160,8 @@ struct Round {
     float* carry;               // [batch, count - 1, hidden], of heads at the last committed row: read, and brought up to date
     const float* temperatures;  // [batch], 0: greedy
     const float* const* noise;  // [batch, depth], of the tokens of a position; null: none
+    const Linear* const* further;  // [batch], rows of the LM head for tokens that this sequence may draft besides; null: none
+    const int64_t* const* further_ids;  // [batch], the target's token of each
 };
 
 struct Kernels {

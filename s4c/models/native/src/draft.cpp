@@ -195,23 +195,32 @@ class Drafting {
                           static_cast<ptrdiff_t>(static_cast<size_t>(Tree::at(trees_[static_cast<size_t>(b)].row, node)) * hidden_);
                 x.insert(x.end(), at, at + static_cast<ptrdiff_t>(hidden_));
             }
+        std::vector<std::vector<float>> further = further_logits(x);
         for (int i = 0; i < heads_.products; i++) {
             std::vector<float> y(static_cast<size_t>(rows) * static_cast<size_t>(heads_.lm_head[i]->outputs));
             if (s4c_linear(heads_.lm_head[i], x.data(), rows, y.data())) throw std::bad_alloc();
             x.swap(y);
         }
         int columns = heads_.lm_head[heads_.products - 1]->outputs, children = std::min(plan_.width, columns);
-        for (int r = 0; r < rows; r++) score(x.data() + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, r / width(), level);
-        size_t picked = static_cast<size_t>(rows) * static_cast<size_t>(children);
-        std::vector<float> values(picked), totals(static_cast<size_t>(rows));
-        std::vector<int64_t> indices(picked);
-        if (s4c_top(x.data(), rows, columns, children, values.data(), indices.data(), totals.data())) throw std::bad_alloc();
-        for (size_t r = 0, i = 0; r < static_cast<size_t>(rows); r++) {
-            Tree& tree = trees_[r / static_cast<size_t>(width())];
-            int parent = tree.frontier[r % static_cast<size_t>(width())];
-            float above = Tree::at(tree.path, parent), total = std::max(totals[r], std::numeric_limits<float>::lowest());
-            for (int child = 0; child < children; child++, i++) tree.add(heads_.token_ids[indices[i]], parent, above + (values[i] - total));
+        std::vector<Choice> choices;
+        for (int b = 0; b < batch_; b++) {
+            float* logits = x.data() + static_cast<size_t>(b * width()) * static_cast<size_t>(columns);
+            choices.push_back(choose(logits, columns, children, heads_.token_ids, b, level));
+            if (further[static_cast<size_t>(b)].empty()) continue;
+            int more = round_.further[b]->outputs;
+            choices.back().join(choose(further[static_cast<size_t>(b)].data(), more, std::min(children, more), round_.further_ids[b], b, level));
         }
+        for (size_t b = 0; b < trees_.size(); b++)
+            for (int w = 0; w < width(); w++) {
+                Tree& tree = trees_[b];
+                int parent = tree.frontier[static_cast<size_t>(w)];
+                const Choice& of = choices[b];
+                float above = Tree::at(tree.path, parent), total = std::max(of.totals[static_cast<size_t>(w)], std::numeric_limits<float>::lowest());
+                for (int child = 0; child < children; child++) {
+                    size_t i = static_cast<size_t>(w * children + child);
+                    tree.add(of.tokens[i], parent, above + (of.values[i] - total));
+                }
+            }
         int fresh = width() * children, expanded = plan_.best ? std::min(plan_.expanded, fresh) : 1;
         for (Tree& tree : trees_) {
             int first = tree.size() - fresh;
@@ -219,14 +228,60 @@ class Drafting {
         }
     }
 
-    // log q at the request's temperature, and the noise of the position.
-    void score(float* logits, int columns, int b, int level) const {
+    // Of each sequence the logits [width, outputs] of the tokens that it may draft besides, from its rows of x.
+    std::vector<std::vector<float>> further_logits(const std::vector<float>& x) const {
+        std::vector<std::vector<float>> logits(static_cast<size_t>(batch_));
+        for (int b = 0; b < batch_; b++) {
+            const Linear* linear = round_.further[b];
+            if (!linear || !linear->outputs) continue;
+            auto& of = logits[static_cast<size_t>(b)];
+            of.resize(static_cast<size_t>(width()) * static_cast<size_t>(linear->outputs));
+            if (s4c_linear(linear, x.data() + static_cast<size_t>(b * width()) * hidden_, width(), of.data())) throw std::bad_alloc();
+        }
+        return logits;
+    }
+
+    // The best children of the nodes of a frontier.
+    struct Choice {
+        int children;
+        std::vector<float> values, totals;  // [width, children]; [width], of all that there was to choose from
+        std::vector<int64_t> tokens;
+
+        // Takes in what another vocabulary offers: of equals its own stay first.
+        void join(const Choice& other) {
+            for (size_t w = 0; w < totals.size(); w++) {
+                float high = std::max(totals[w], other.totals[w]), low = std::min(totals[w], other.totals[w]);
+                if (high > NEVER) totals[w] = high + std::log1p(std::exp(low - high));
+                size_t begin = w * static_cast<size_t>(children), end = begin + static_cast<size_t>(children);
+                size_t others = w * static_cast<size_t>(other.children);
+                for (size_t i = others; i < others + static_cast<size_t>(other.children); i++) {
+                    size_t at = end;
+                    while (at > begin && values[at - 1] < other.values[i]) at--;
+                    if (at == end) break;
+                    for (size_t j = end - 1; j > at; j--) values[j] = values[j - 1], tokens[j] = tokens[j - 1];
+                    values[at] = other.values[i], tokens[at] = other.tokens[i];
+                }
+            }
+        }
+    };
+
+    // By logits [width, columns], which become log q at the request's temperature plus the noise of the position.
+    Choice choose(float* logits, int columns, int children, const int64_t* ids, int b, int level) const {
+        for (int w = 0; w < width(); w++) score(logits + static_cast<size_t>(w) * static_cast<size_t>(columns), columns, ids, b, level);
+        size_t rows = static_cast<size_t>(width()), picked = rows * static_cast<size_t>(children);
+        Choice out{children, std::vector<float>(picked), std::vector<float>(rows), std::vector<int64_t>(picked)};
+        if (s4c_top(logits, width(), columns, children, out.values.data(), out.tokens.data(), out.totals.data())) throw std::bad_alloc();
+        for (int64_t& token : out.tokens) token = ids[token];
+        return out;
+    }
+
+    void score(float* logits, int columns, const int64_t* ids, int b, int level) const {
         float temperature = round_.temperatures[b];
         if (temperature == 0.0f) return;
         const float* noise = round_.noise[static_cast<ptrdiff_t>(b) * plan_.depth + level];
         for (int j = 0; j < columns; j++) {
             float cooled = logits[j] / temperature;
-            logits[j] = noise ? cooled + noise[heads_.token_ids[j]] : cooled;
+            logits[j] = noise ? cooled + noise[ids[j]] : cooled;
         }
     }
 
