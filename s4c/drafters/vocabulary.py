@@ -79,9 +79,9 @@ class ContextVocabulary:
         words.rows = {token: row for token, row in words.rows.items() if row not in rows}
         words.rows |= dict(zip(new, rows, strict=True))
         words.seen += len(new)
-        ids, places = torch.tensor([new, rows], device=self._target.device)
-        words.ids[places] = ids
-        words.product.place(places, self._target.head_weight(ids))
+        ids, at = torch.tensor([new, rows], device=self._target.device)
+        words.ids[at] = ids
+        words.product.place(rows, self._target.head_weight(ids))
 
     def move(self, source: int, destination: int) -> None:
         """The state of slot `source` becomes that of slot `destination`."""

@@ -4,11 +4,12 @@
     a + b n  seconds that each further token of the context adds to it, for attention
     D(l)     seconds of a draft of l levels; D(0) where the drafter is asked for none
 
-A file holds them for each machine, target and drafter, below the folder `costs` of the cache. While generating, what
-the rounds take corrects them: the pace, by which a pass takes longer now than when it was measured (a
-busy machine, costly sampling), and the drafts of each batch size. All are medians of the last rounds, which one slow
-round does not move. So a file stays good on a machine that has become slower, and not where passes of one and of many
-tokens have changed apart.
+The least of several times is taken: other work on the machine makes a pass longer, never shorter, and what counts is
+how these times stand to each other. A file holds them for each machine, target and drafter, below the folder `costs` of
+the cache. While generating, what the rounds take corrects them: the pace, by which a pass takes longer now than when it
+was measured (a busy machine, costly sampling), and the drafts of each batch size. All are medians of the last rounds,
+which one slow round does not move. So a file stays good on a machine that has become slower, and not where passes of
+one and of many tokens have changed apart.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FORMAT = 2
 SIZES = (1, 2, 4, 8, 16, 24, 32)
 """Tokens of the passes that are measured."""
 
-CONTEXT, FURTHER = 200, 700
+CONTEXT, LONG_CONTEXT = 200, 700
 """Tokens that stand before them, and before those that tell what the context costs."""
 
 FEW, MANY = 1, 16
@@ -54,10 +55,10 @@ REPEATS = 7
 RECENT = 15
 """Rounds whose medians count."""
 
-TRUSTED = 1.5
+TRUSTED = 1.25
 """A file is measured anew where T(16) / T(1) is so many times what it says, or the inverse of it."""
 
-LOOKS = 2
+LOOKS = 4
 """Passes of each size by which that is told."""
 
 
@@ -150,7 +151,7 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
     if costs is not None and not _outdated(costs, target):
         return costs
     with status("measuring what a pass costs here, once"):
-        passes, attention = pass_seconds(target, judged(target), SIZES), attention_seconds(target)
+        passes, attention = pass_seconds(target, judged(target), SIZES, of=min), attention_seconds(target)
         costs = Costs(passes, draft_seconds(target, drafter, plans), attention)
     _write(file, costs)
     return costs
@@ -200,7 +201,7 @@ def _write(file: Path, costs: Costs) -> None:
 
 def _outdated(costs: Costs, target: Target) -> bool:
     sizes = [n for n in (FEW, MANY) if n in costs.passes]
-    now = pass_seconds(target, judged(target), sizes, LOOKS)
+    now = pass_seconds(target, judged(target), sizes, LOOKS, of=min)
     paces = [now[n] / costs.passes[n] for n in now]
     return max(paces) > TRUSTED * min(paces)
 
@@ -212,14 +213,14 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
 
 def attention_seconds(target: Target) -> tuple[float, float]:
     """a and b, from what passes of few and of many tokens take behind a short and a long context."""
-    room = target.spec.context_length - MANY - CONTEXT
-    if room < 1:
+    further = min(LONG_CONTEXT, target.spec.context_length - MANY) - CONTEXT
+    if further < 1:
         return 0.0, 0.0
     near, far = (
-        pass_seconds(target, judged(target), (FEW, MANY), context=context)
-        for context in (CONTEXT, CONTEXT + min(room, FURTHER - CONTEXT))
+        pass_seconds(target, judged(target), (FEW, MANY), context=context, of=min)
+        for context in (CONTEXT, CONTEXT + further)
     )
-    few, many = (max(0.0, far[n] - near[n]) / min(room, FURTHER - CONTEXT) for n in (FEW, MANY))
+    few, many = (max(0.0, far[n] - near[n]) / further for n in (FEW, MANY))
     by_node = max(0.0, many - few) / (MANY - FEW)
     return max(0.0, few - by_node * FEW), by_node
 
@@ -230,10 +231,18 @@ def pass_seconds(
     sizes: Sequence[int],
     repeats: int = REPEATS,
     context: int = CONTEXT,
+    of: Callable[[Sequence[float]], float] = median,
 ) -> dict[int, float]:
-    """Median seconds of `work` on a chain of 1, 2, 4, ... tokens behind `context` others in slot 0.
+    """Seconds of `work` on a chain of 1, 2, 4, ... tokens behind `context` others in slot 0.
 
     The sizes take turns, so that whatever else the machine does falls on all of them.
+
+    Args:
+        work: what is timed.
+        sizes: numbers of tokens.
+        repeats: times that each is measured.
+        context: tokens before them.
+        of: what is told of these times.
     """
     sizes = [n for n in sizes if n < target.spec.context_length]
     context = max(1, min(context, target.spec.context_length - sizes[-1]))
@@ -247,11 +256,11 @@ def pass_seconds(
             started = now(target)
             work(tree)
             times[n].append(now(target) - started)
-    return {n: median(values[1:]) for n, values in times.items()}
+    return {n: of(values[1:]) for n, values in times.items()}
 
 
 def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan]) -> dict[int, float]:
-    """Median seconds of `propose` by levels, behind a text of random tokens in slot 0 that grows by one a round."""
+    """Least seconds of `propose` by levels, behind a text of random tokens in slot 0 that grows by one a round."""
     spec, rounds = target.spec, (1 + REPEATS) * len(plans)
     room = rounds + max(plan.nodes for plan in plans.values())
     line = some_tokens(target, max(2, min(CONTEXT, spec.context_length - room))).tolist()
@@ -276,7 +285,7 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
             target.commit(verdict)
             drafter.commit(plain, verdict, output)
             line.append(int(verdict.bonus))
-    return {levels: median(values[1:] or values) for levels, values in times.items() if values}
+    return {levels: min(values[1:] or values) for levels, values in times.items() if values}
 
 
 def some_tokens(target: Target, count: int) -> Tensor:

@@ -9,7 +9,7 @@ and the inputs of matrix products are of the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -130,10 +130,10 @@ class GrowingLinear:
         self._weight = torch.zeros(most, inputs, device=device)
         self._count = 0
 
-    def place(self, places: Tensor, rows: Tensor) -> None:
-        """Put rows [R, inputs] at their places [R] int64, of which the highest is the last row for now."""
-        self._weight[places] = rows.float()
-        self._count = max(self._count, int(places.max()) + 1)
+    def place(self, places: Sequence[int], rows: Tensor) -> None:
+        """Put rows [R, inputs] at R places; no place before the highest stays empty."""
+        self._weight[torch.tensor(places, device=self._weight.device)] = rows.float()
+        self._count = max(self._count, max(places) + 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., rows so far] float32 of [..., inputs]."""

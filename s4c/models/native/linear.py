@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,10 +142,11 @@ class NativeGrowing:
         self._packed = torch.zeros(-(-most // BLOCK), inputs, BLOCK)
         self.c = CLinear(_FORMATS[torch.float32].kind, inputs, inputs, 0, self._packed.data_ptr())
 
-    def place(self, places: Tensor, rows: Tensor) -> None:
-        """Put rows [R, inputs] at their places [R] int64, of which the highest is the last row for now."""
-        self._packed[places // BLOCK, :, places % BLOCK] = rows.float()
-        self.c.outputs = max(self.c.outputs, int(places.max()) + 1)
+    def place(self, places: Sequence[int], rows: Tensor) -> None:
+        """Put rows [R, inputs] at R places; no place before the highest stays empty."""
+        at = torch.tensor(places)
+        self._packed[at // BLOCK, :, at % BLOCK] = rows.float()
+        self.c.outputs = max(self.c.outputs, max(places) + 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., rows so far] float32 of [..., inputs]."""
