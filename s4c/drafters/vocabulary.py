@@ -25,7 +25,7 @@ from s4c.models.native.linear import NativeGrowing
 
 @dataclass
 class Words:
-    """Those of one sequence.
+    """The tokens of one sequence's text that the draft vocabulary lacks.
 
     Attributes:
         product: of the LM head's rows for them.
@@ -76,7 +76,8 @@ class ContextVocabulary:
         if not new:
             return
         rows = [(words.seen + i) % self._most for i in range(len(new))]
-        words.rows = {token: row for token, row in words.rows.items() if row not in rows}
+        taken = set(rows)
+        words.rows = {token: row for token, row in words.rows.items() if row not in taken}
         words.rows |= dict(zip(new, rows, strict=True))
         words.seen += len(new)
         ids, at = torch.tensor([new, rows], device=self._target.device)

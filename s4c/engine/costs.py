@@ -151,8 +151,8 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
     if costs is not None and not _outdated(costs, target):
         return costs
     with status("measuring what a pass costs here, once"):
-        passes, attention = pass_seconds(target, judged(target), SIZES, of=min), attention_seconds(target)
-        costs = Costs(passes, draft_seconds(target, drafter, plans), attention)
+        passes = pass_seconds(target, judged(target), SIZES, of=min)
+        costs = Costs(passes, draft_seconds(target, drafter, plans), attention_seconds(target, passes))
     _write(file, costs)
     return costs
 
@@ -211,15 +211,12 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
     return lambda tree: choose(target.verify(tree).logits, None)
 
 
-def attention_seconds(target: Target) -> tuple[float, float]:
-    """a and b, from what passes of few and of many tokens take behind a short and a long context."""
+def attention_seconds(target: Target, near: Mapping[int, float]) -> tuple[float, float]:
+    """a and b, from how much longer passes of few and of many tokens take behind a long context than those, T(n)."""
     further = min(LONG_CONTEXT, target.spec.context_length - MANY) - CONTEXT
     if further < 1:
         return 0.0, 0.0
-    near, far = (
-        pass_seconds(target, judged(target), (FEW, MANY), context=context, of=min)
-        for context in (CONTEXT, CONTEXT + further)
-    )
+    far = pass_seconds(target, judged(target), (FEW, MANY), context=CONTEXT + further, of=min)
     few, many = (max(0.0, far[n] - near[n]) / further for n in (FEW, MANY))
     by_node = max(0.0, many - few) / (MANY - FEW)
     return max(0.0, few - by_node * FEW), by_node
