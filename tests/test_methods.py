@@ -27,7 +27,8 @@ from s4c.drafters.checkpoint import load_drafter, load_model, save_checkpoint
 from s4c.errors import WrongTarget
 from s4c.models.base import Target
 from s4c.training.trainer import TrainConfig, Trainer
-from s4c.verify.scores import DRAFT_STREAM, NoiseTable, Scores
+from s4c.verify.noise import DRAFT_STREAM, NoiseTable
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
 
 METHODS_UNDER_TEST: dict[str, tuple[dict[str, Any], str]] = {

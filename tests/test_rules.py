@@ -43,8 +43,9 @@ from verify_oracles import (
 
 from s4c.errors import BadLogits
 from s4c.types import DraftTree, SamplingParams, TargetOutput
+from s4c.verify.noise import DRAFT_STREAM
 from s4c.verify.rules import RULES, coupled, follow, rejection, rule_named
-from s4c.verify.scores import DRAFT_STREAM, Scores
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, depths, from_paths, root_only
 
 COUNT = 9

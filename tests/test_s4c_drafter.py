@@ -16,8 +16,9 @@ from s4c.drafters.s4c import S4CConfig, S4CDrafter, S4CModel
 from s4c.models.loading import load_target
 from s4c.models.native import library
 from s4c.types import SamplingParams
+from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import coupled
-from s4c.verify.scores import NoiseTable, Scores
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
 
 PROMPTS = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]

@@ -1,4 +1,4 @@
-"""Processors, noise and decisions, against slow per-node references, transformers and the laws they claim."""
+"""Processors and decisions, against slow per-node references and transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,21 +20,14 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from verify_oracles import CPU, chi_square, path_to, random_parents, random_request, scores_of, slow_process
+from verify_oracles import path_to, random_parents, random_request, scores_of, slow_process
 
 from s4c.errors import BadLogits
 from s4c.types import DraftTree, SamplingParams
 from s4c.verify.scores import (
-    COIN_STREAM,
-    DRAFT_STREAM,
-    RESIDUAL_STREAM,
-    TARGET_STREAM,
-    NoiseTable,
     Scores,
     check_chosen,
     choose,
-    generator,
-    gumbel,
     keep_top_k,
     keep_top_p,
 )
@@ -251,100 +243,6 @@ def test_top_p_of_a_node_is_that_of_the_node_alone() -> None:
         together = keep_top_p(logits[row, None].expand(1, len(steps), -1), mass * steps)
         for node, top_p in enumerate(mass * steps):
             assert torch.equal(keep_top_p(logits[row, None], top_p)[0, 0], together[0, node])
-
-
-# --- noise ---
-
-
-def test_noise_is_a_function_of_seed_stream_and_position() -> None:
-    keys = [
-        (seed, stream, position)
-        for seed in (0, 1, 2**63, 2**63 + 1, 2**64 - 1)
-        for stream in (TARGET_STREAM, DRAFT_STREAM, COIN_STREAM, RESIDUAL_STREAM)
-        for position in (0, 1, 2, 100_000, 2**40)
-    ]
-    rows = {key: gumbel(*key, 16) for key in keys}
-    assert len({row.tobytes() for row in rows.values()}) == len(keys)
-    table = NoiseTable(16, CPU)
-    for key in reversed(keys):
-        assert table.row(*key).tolist() == rows[key].tolist() == table.row(*key).tolist()
-
-
-def test_noise_is_pinned() -> None:
-    """A seed means the same text in every release and on every machine."""
-    pinned = [0.04653421, 0.03604552, -1.01731515, 0.15047626]
-    assert gumbel(12345, TARGET_STREAM, 7, 4).tolist() == pytest.approx(pinned, abs=1e-6)
-
-
-def test_noise_at_nodes() -> None:
-    requests = [SamplingParams(temperature=t, seed=seed) for t, seed in ((1.0, 5), (0.0, 6), (0.5, 2**64 - 1))]
-    positions = torch.tensor([[3, 4, 4, 5], [9, 9, 10, 10], [1, 2, 3, 2]])
-    noise = scores_of(requests, [[0]] * 3, [1] * 3, VOCAB).noise(positions, DRAFT_STREAM)
-    assert noise is not None
-    for row, node in np.ndindex(3, 4):
-        expected = gumbel(requests[row].seed or 0, DRAFT_STREAM, int(positions[row, node]), VOCAB)
-        assert noise[row, node].tolist() == ([0.0] * VOCAB if row == 1 else expected.tolist())
-
-
-def test_greedy_batches_have_no_noise() -> None:
-    assert scores_of([SamplingParams()], [[0]], [1], VOCAB).noise(torch.tensor([[1]])) is None
-
-
-def test_noise_table_keeps_what_may_be_asked_again() -> None:
-    table = NoiseTable(4, CPU)
-    for seed, position in ((1, 3), (1, 4), (2, 9), (3, 9)):
-        table.row(seed, TARGET_STREAM, position)
-    table.keep({1: 4, 2: 9})
-    assert sorted(table._rows) == [(1, TARGET_STREAM, 4), (2, TARGET_STREAM, 9)]
-
-
-def test_noise_has_the_gumbel_law() -> None:
-    """Kolmogorov-Smirnov over positions and tokens; exceeding 2.7 has a chance of 2 exp(-2 2.7^2) < 1e-6."""
-    noise = np.sort(np.concatenate([gumbel(3, TARGET_STREAM, position, 500) for position in range(100)]))
-    law = np.exp(-np.exp(-noise.astype(np.float64)))
-    steps = np.arange(len(law) + 1) / len(law)
-    largest = max(np.abs(law - steps[1:]).max(), np.abs(law - steps[:-1]).max())
-    assert largest * math.sqrt(len(law)) < 2.7
-
-
-def drawn(noise: list[np.ndarray], logits: Tensor) -> list[int]:
-    table = torch.from_numpy(np.stack(noise))
-    return choose(logits.expand(len(noise), 1, -1), table[:, None])[:, 0].tolist()
-
-
-@pytest.mark.parametrize("across", ["positions", "seeds"])
-def test_tokens_drawn_have_the_law(across: str) -> None:
-    law = torch.tensor([0.5, 0.25, 0.15, 0.0, 0.07, 0.03])
-    keys = [(11, t) if across == "positions" else (t, 11) for t in range(20_000)]
-    tokens = drawn([gumbel(seed, TARGET_STREAM, position, 6) for seed, position in keys], law.log())
-    assert chi_square([tokens.count(token) for token in range(6)], law.tolist()) > FALSE_ALARM
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [
-        [(TARGET_STREAM, 5), (TARGET_STREAM, 6)],
-        [(TARGET_STREAM, 5), (DRAFT_STREAM, 5)],
-        [(DRAFT_STREAM, 5), (RESIDUAL_STREAM, 5)],
-        [(DRAFT_STREAM, 5), (DRAFT_STREAM, 6)],
-    ],
-)
-def test_draws_of_other_positions_and_streams_are_independent(pair: list[tuple[int, int]]) -> None:
-    logits = torch.zeros(4)
-    one, other = (drawn([gumbel(seed, *key, 4) for seed in range(6000)], logits) for key in pair)
-    counts = [0] * 16
-    for a, b in zip(one, other, strict=True):
-        counts[4 * a + b] += 1
-    assert chi_square(counts, [1 / 16] * 16) > FALSE_ALARM
-
-
-def test_coins_are_uniform_and_independent_of_each_other_and_of_the_residual_draw() -> None:
-    counts = [0] * 64
-    for seed in range(8000):
-        first, second = generator(seed, COIN_STREAM, 5).random(2)
-        residual = int(gumbel(seed, RESIDUAL_STREAM, 5, 4).argmax())
-        counts[16 * int(4 * first) + 4 * int(4 * second) + residual] += 1
-    assert chi_square(counts, [1 / 64] * 64) > FALSE_ALARM
 
 
 # --- decisions ---

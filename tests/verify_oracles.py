@@ -11,12 +11,17 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from s4c.models.native.rows import noise_kernel
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
+from s4c.verify.noise import TARGET_STREAM, NoiseTable, gumbel
 from s4c.verify.rules import Chance, Rule, rejection
-from s4c.verify.scores import TARGET_STREAM, NoiseTable, Scores, gumbel
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
 
 CPU = torch.device("cpu")
+kernel = noise_kernel() or gumbel
+"""Makes noise."""
+
 Text = tuple[int, ...]
 Model = Callable[[Text], Tensor]
 """From a text to the logits [V] of its next token."""
@@ -140,7 +145,7 @@ def random_request(rng: random.Random, vocab: int, temperature: float | None = N
 def scores_of(
     requests: Sequence[SamplingParams], texts: Sequence[Sequence[int]], prompts: Sequence[int], vocab: int
 ) -> Scores:
-    return Scores(requests, texts, prompts, NoiseTable(vocab, CPU))
+    return Scores(requests, texts, prompts, NoiseTable(vocab, CPU, kernel))
 
 
 # --- decoding ---
@@ -153,7 +158,7 @@ def slow_plain(model: Model, request: SamplingParams, prompt: Text, count: int) 
         scores = slow_process(request, text, len(prompt), model(tuple(text)).tolist())
         if request.temperature > 0:
             assert request.seed is not None
-            noise = gumbel(request.seed, TARGET_STREAM, len(text), len(scores)).tolist()
+            noise = kernel(request.seed, TARGET_STREAM, len(text), len(scores), CPU).tolist()
             scores = [score + g for score, g in zip(scores, noise, strict=True)]
         text.append(max(range(len(scores)), key=lambda token: scores[token]))
     return text[len(prompt) :]
@@ -169,7 +174,7 @@ def speculate(
     vocab: int,
 ) -> tuple[list[list[int]], int]:
     """Decode a batch round by round; the outputs and the number of accepted nodes."""
-    texts, noise, accepted = [list(prompt) for prompt in prompts], NoiseTable(vocab, CPU), 0
+    texts, noise, accepted = [list(prompt) for prompt in prompts], NoiseTable(vocab, CPU, kernel), 0
     while any(len(text) < len(prompt) + count for text, prompt in zip(texts, prompts, strict=True)):
         first: dict[int, int] = {}
         for request, text in zip(requests, texts, strict=True):

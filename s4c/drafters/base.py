@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from s4c.models.base import Target
 from s4c.models.layers import packs
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.scores import DRAFT_STREAM, TARGET_STREAM, Scores
+from s4c.verify.noise import DRAFT_STREAM, TARGET_STREAM
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
 
 

@@ -34,9 +34,11 @@ from torch import Tensor
 from s4c.drafters.base import Drafter, Sequences
 from s4c.models.base import Target
 from s4c.models.builtin import home, status
+from s4c.models.native.rows import noise_kernel
 from s4c.types import DraftTree, SamplingParams
+from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import coupled
-from s4c.verify.scores import NoiseTable, Scores, choose
+from s4c.verify.scores import Scores, choose
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
 FORMAT = 2
@@ -265,7 +267,7 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
         part.reserve(1, len(line) + room)
     prompt = torch.tensor(line[:-1], device=target.device)
     drafter.prefill(0, prompt, target.prefill(0, prompt))
-    params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device)
+    params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel())
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
         for levels, plan in plans.items():

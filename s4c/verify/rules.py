@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.scores import COIN_STREAM, RESIDUAL_STREAM, Scores, check_chosen, choose, generator, seed_of
+from s4c.verify.noise import RESIDUAL_STREAM, coins
+from s4c.verify.scores import Scores, check_chosen, choose, seed_of
 
 Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 
@@ -88,8 +89,7 @@ class SeededChance:
         self.scores = scores
 
     def accept(self, probability: float, row: int, position: int, sibling: int) -> bool:
-        coins = generator(seed_of(self.scores.params[row]), COIN_STREAM, position).random(sibling + 1)
-        return bool(coins[sibling] < probability)
+        return bool(coins(seed_of(self.scores.params[row]), position, sibling + 1)[sibling] < probability)
 
     def draw(self, law: Tensor, row: int, position: int) -> int:
         noise = self.scores.noise_table.row(seed_of(self.scores.params[row]), RESIDUAL_STREAM, position)

@@ -1,16 +1,13 @@
 """Logits to laws, and laws to decisions: one implementation for target and drafter alike.
 
-`Scores` holds the processors of the running requests and their noise. A token at position t of a request
-with seed s is `argmax(log p + g(s, t))`, where g is Gumbel noise that is a function of s and t alone, so
-that the token has the law p and is the same whoever computes it (Gumbel coupling: Daliri, Musco and Suresh
-2024). At temperature 0 there is no noise.
+`Scores` holds the processors of the running requests and their noise (verify/noise.py). A token at position t of a
+request with seed s is `argmax(log p + g(s, t))`; at temperature 0 there is no noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +15,7 @@ from torch import Tensor
 from s4c.errors import BadLogits
 from s4c.types import DraftTree, SamplingParams
 from s4c.verify import tree as trees
-
-TARGET_STREAM, DRAFT_STREAM, COIN_STREAM, RESIDUAL_STREAM = range(4)
-"""Independent streams of noise of one seed."""
+from s4c.verify.noise import TARGET_STREAM, NoiseTable
 
 NOT_FINITE, ALL_EXCLUDED = -1, -2
 """What stands for the token of a node without a law: no child bears it."""
@@ -31,44 +26,6 @@ with its noise [V] added (None: none), the same bit by bit."""
 
 MAXIMUM_BLOCK = 256
 """Tokens among which an index is looked for at once."""
-
-
-def generator(seed: int, stream: int, position: int) -> np.random.Generator:
-    """The random numbers of one position of a request: the same on every machine, for any batch."""
-    # uint64 from the start: a list with a seed of 2**63 or more would become floats, and seeds would coincide.
-    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, position], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def gumbel(seed: int, stream: int, position: int, size: int) -> np.ndarray:
-    """[size] float32 of standard Gumbel noise: -log of a standard exponential."""
-    noise = generator(seed, stream, position).standard_exponential(size)
-    np.log(np.maximum(noise, 1e-300, out=noise), out=noise)
-    return np.negative(noise, out=np.empty(size, np.float32), casting="same_kind")
-
-
-class NoiseTable:
-    """Noise rows by (seed, stream, position), each made once while it is in use."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size = size
-        self.device = device
-        self._rows: dict[tuple[int, int, int], Tensor] = {}
-
-    def row(self, seed: int, stream: int, position: int) -> Tensor:
-        """[V] float32."""
-        key = (seed, stream, position)
-        if key not in self._rows:
-            self._rows[key] = torch.from_numpy(gumbel(seed, stream, position, self.size)).to(self.device)
-        return self._rows[key]
-
-    def keep(self, positions: dict[int, int]) -> None:
-        """Drop what no running request can ask for again.
-
-        Args:
-            positions: for each seed in use the position of the root; of several requests the smallest.
-        """
-        self._rows = {key: row for key, row in self._rows.items() if key[2] >= positions.get(key[0], key[2] + 1)}
 
 
 class Scores:

@@ -1,4 +1,4 @@
-"""What drafting and judging ask of rows of scores, on the native kernels."""
+"""What drafting and judging ask of rows of scores and of noise, on the native kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s4c.models.native import library
+from s4c.verify.noise import CPU, Gumbel
 from s4c.verify.tree import top_and_total
 
 MOST_TOP = 64
@@ -42,3 +43,15 @@ def native_highest(
     arrays = (cooling, noisy, values.data_ptr(), indices.data_ptr())
     library.check(library.core().s4c_highest(logits.data_ptr(), rows, columns, *arrays))
     return values, indices
+
+
+def native_gumbel(seed: int, stream: int, position: int, size: int, device: torch.device = CPU) -> Tensor:
+    """`s4c.verify.noise.gumbel`, the same bit by bit."""
+    row = torch.empty(size)
+    library.check(library.core().s4c_noise(seed, stream, position, size, row.data_ptr()))
+    return row.to(device)
+
+
+def noise_kernel() -> Gumbel | None:
+    """What makes noise fast, for all runtimes and devices; None where the core is not built."""
+    return native_gumbel if library.problem() is None else None

@@ -346,6 +346,13 @@ int s4c_highest(const float* x, int count, int columns, const float* temperature
     });
 }
 
+int s4c_noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out) {
+    return guarded([&](Core& c) {
+        auto kernel = c.variant->kernels()->noise;
+        c.pool.run([&](Team team) { kernel(seed, stream, position, size, out, team); });
+    });
+}
+
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count) {
     std::lock_guard<std::mutex> lock(core().mutex);
     if (cache->half) keep_rows<HalfRows>(*cache, layers, heads, head_dim, slot, start, rows, count);

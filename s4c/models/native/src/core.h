@@ -170,6 +170,7 @@ struct Kernels {
     void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
     void (*highest)(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
                     int64_t* indices, Team);
+    void (*noise)(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out, Team);
 };
 
 const Kernels* kernels_amx();
@@ -207,6 +208,9 @@ int s4c_top(const float* x, int count, int columns, int k, float* values, int64_
 // its noise added (null: none); of equals the first, and NaN is above all numbers.
 int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
                 int64_t* indices);
+
+// out [size]: the Gumbel noise of a row, see s4c/verify/noise.py.
+int s4c_noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out);
 
 // Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);

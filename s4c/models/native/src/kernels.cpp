@@ -5,6 +5,7 @@
 // (its prefix, then its path), wherever in the cache they lie. Threads and tiles split outputs and rows, never a
 // sum, so neither the number of rows, their neighbours, the chunk nor the threads can change a bit.
 #include "core.h"
+#include "noise.h"
 #include "simd.h"
 
 #include <type_traits>
@@ -943,7 +944,15 @@ void highest(const float* x, int count, int columns, const float* temperatures, 
         highest_row(x + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, temperatures[r], noise[r], values + r, indices + r);
 }
 
-constexpr Kernels KERNELS = {pass, linear, top, highest};
+void noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out, Team team) {
+    Span blocks = share((size + WORDS - 1) / WORDS, team);
+    for (int block = blocks.begin; block < blocks.end; block++) {
+        int left = size - block * WORDS;
+        noise_block(static_cast<uint32_t>(block), position, stream, seed, left < WORDS ? left : WORDS, out + block * WORDS);
+    }
+}
+
+constexpr Kernels KERNELS = {pass, linear, top, highest, noise};
 
 }  // namespace
 
