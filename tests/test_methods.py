@@ -107,11 +107,20 @@ def test_drafting_is_the_training_pass(llm: LLM, method: str) -> None:
         run.finish(scores, tree)
 
 
-def test_going_on_is_starting_anew(llm: LLM, method: str) -> None:
-    """With trees wide enough to accept something, the next tree is that of a drafter that reads the text at once."""
+@pytest.mark.parametrize("rests", [False, True])
+def test_going_on_is_starting_anew(llm: LLM, method: str, rests: bool) -> None:
+    """With trees wide enough to accept something, the next tree is that of a drafter that reads the text at once.
+
+    Nothing else holds after rounds in which it was not asked for a draft.
+    """
     drafter = model_of(method, llm.target).drafter(llm.target, torch.float32)
     run = Run(llm.target, drafter, PROMPTS, "comb:40x3")
     assert sum(sum(run.finish(*run.propose())) for _ in range(6)) > 12
+    if rests:
+        plan, run.plan = run.plan, TreePlan("best", 8, 1, 1)
+        for _ in range(3):
+            run.finish(*run.propose())
+        run.plan = plan
     lines = [list(line) for line in run.tokens]
     _, going_on = run.propose()
     _, anew = Run(

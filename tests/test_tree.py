@@ -14,7 +14,7 @@ from torch import Tensor
 from verify_oracles import Text, deterministic_tree, path_to, tiny_model
 
 from s4c.types import DraftTree
-from s4c.verify.tree import TreePlan, ancestors, depths, from_paths, merge, pruned, root_only
+from s4c.verify.tree import TreePlan, ancestors, depths, from_paths, listed_depths, merge, pruned, root_only
 
 
 @st.composite
@@ -46,7 +46,7 @@ def test_ancestors_and_depths_equal_a_loop(batch: list[list[int]]) -> None:
         for node in range(len(parents)):
             path = [0, *path_to(parents, node)]
             assert reach[row, node].nonzero()[:, 0].tolist() == path
-            assert int(depth[row, node]) == len(path) - 1
+            assert int(depth[row, node]) == listed_depths(parents)[node] == len(path) - 1
 
 
 def test_ancestors_of_a_long_chain() -> None:

@@ -44,6 +44,7 @@ from s4c.models.loading import load_config, load_target, resolve
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.tree import root_only
 
 DEPTH = 5
 PREFILL_CHUNK = 512
@@ -230,6 +231,11 @@ class DraftModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         roots = sequences.roots.tolist()
+        if sequences.plan.nodes < 2:  # the model reads what is committed when it is asked again
+            self._rows = None
+            for slot, root in enumerate(roots):
+                self._unread[slot] = [*self._unread[slot], root]
+            return root_only(sequences.roots)
         rows = Rows.of([[*self._unread[slot], root] for slot, root in enumerate(roots)], sequences.roots.device)
         builder = sequences.plan.deepened(self._depth).grow(sequences.roots, self._select)
         hidden = self._stack.run(self._embedding[rows.tokens], rows.parents)
@@ -244,8 +250,10 @@ class DraftModelDrafter(Drafter):
         return finish(sequences, builder)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        assert self._rows is not None, "a commit follows a proposal"
         for slot, (count, tokens) in enumerate(zip(verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True)):
+            if self._rows is None:
+                self._unread[slot] = self._unread[slot] + tokens[:count]
+                continue
             rows, self._unread[slot] = accepted(self._rows, slot, tokens[:count])
             self._stack.keep(slot, rows)
 

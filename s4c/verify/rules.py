@@ -53,23 +53,29 @@ def follow(tree: DraftTree, choice: Tensor) -> Verdict:
         tree: the tree; of siblings with equal tokens the first counts.
         choice: [B, N] int64, the target's token after each node.
     """
-    node = torch.zeros_like(choice[:, :1])
     if tree.size == 1:
-        return Verdict(path=node, accepted=node[:, 0], bonus=choice[:, 0], tokens=choice)
-    columns = torch.arange(tree.size, device=choice.device)
-    is_child = (tree.parents[:, None] == columns[:, None]) & tree.candidate[:, None]
-    found, following = (is_child & (tree.tokens[:, None] == choice[..., None])).max(-1)
-    step = torch.where(found, following, columns)
-    path = [node]
-    while not torch.equal(following := step.gather(1, node), node):
-        path.append(node := following)
-    columns = torch.cat(path, 1)
-    return Verdict(
-        path=columns,
-        accepted=(columns[:, 1:] != columns[:, :-1]).sum(1),
-        bonus=choice.gather(1, node)[:, 0],
-        tokens=choice.gather(1, columns),
-    )
+        root = torch.zeros_like(choice)
+        return Verdict(path=root, accepted=root[:, 0], bonus=choice[:, 0], tokens=choice)
+    # As lists: a device is waited for once, and a walk over a few nodes is shorter than the launch of its first kernel.
+    numbers = torch.stack([tree.tokens, tree.parents, tree.candidate.long(), choice]).tolist()
+    paths = [_walk(*row) for row in zip(*numbers, strict=True)]
+    longest = max(len(path) for path in paths)
+    columns = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths], device=choice.device)
+    tokens = choice.gather(1, columns)
+    accepted = torch.tensor([len(path) - 1 for path in paths], device=choice.device)
+    return Verdict(path=columns, accepted=accepted, bonus=tokens[:, -1], tokens=tokens)
+
+
+def _walk(tokens: list[int], parents: list[int], candidate: list[int], choice: list[int]) -> list[int]:
+    """The columns of the accepted path of one sequence, the root first."""
+    child: dict[tuple[int, int], int] = {}
+    for column, may in enumerate(candidate):
+        if may:
+            child.setdefault((parents[column], tokens[column]), column)
+    path = [0]
+    while (following := child.get((path[-1], choice[path[-1]]))) is not None:
+        path.append(following)
+    return path
 
 
 class Chance(Protocol):

@@ -101,8 +101,8 @@ class Scores:
         temperatures = [request.temperature for request in self.params for _ in range(tree.size)]
         noise_rows: list[Tensor | None] = [None] * len(temperatures)
         if not self.greedy:
-            positions = self.positions_after(tree).tolist()
-            noise_rows = [self.noise_row(b, position) for b, row in enumerate(positions) for position in row]
+            below = [trees.listed_depths(parents) for parents in tree.parents.tolist()]
+            noise_rows = [self.noise_row(b, len(self.tokens[b]) + d) for b, depths in enumerate(below) for d in depths]
         best, token = self._highest(logits.flatten(0, 1), temperatures, noise_rows)
         return marked(best, token).view(tree.tokens.shape)
 

@@ -55,6 +55,14 @@ def depths(parents: Tensor) -> Tensor:
     return ancestors(parents).sum(-1) - 1
 
 
+def listed_depths(parents: Sequence[int]) -> list[int]:
+    """`depths` of one tree, whose parents are given as numbers."""
+    found = [0]
+    for parent in parents[1:]:
+        found.append(found[parent] + 1)
+    return found
+
+
 def root_only(roots: Tensor) -> DraftTree:
     """The tree of plain decoding: no candidates."""
     shape = (roots.shape[0], 1)
