@@ -131,13 +131,18 @@ def test_going_on_is_starting_anew(llm: LLM, method: str, rests: bool) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("tree", ["auto", "comb:3x4", "chain:3"])
+@pytest.mark.parametrize("tree", ["auto", "comb:3", "comb:3x4", "chain:3"])
 def test_speculative_is_plain_and_batched_is_single(llm: LLM, method: str, setting: str, tree: str) -> None:
     plain = write(llm, "none", SETTINGS[setting])
     drafter = model_of(method, llm.target, torch.arange(0, 64, 2)).drafter(llm.target)
     assert write(llm, drafter, SETTINGS[setting], tree) == plain
     assert [llm.generate(prompt, SETTINGS[setting]).token_ids for prompt in PROMPTS] == plain
     assert write(llm, drafter, SETTINGS["greedy"], tree, "rejection") == write(llm, "none", SETTINGS["greedy"])
+
+
+def test_a_tree_without_a_depth_is_as_deep_as_the_method_goes(llm: LLM, method: str) -> None:
+    llm.use(model_of(method, llm.target).drafter(llm.target), "comb:3")
+    assert max(llm.generate(PROMPTS[0], HOT).stats.tree_sizes) > 4
 
 
 def test_drafts_are_accepted_and_requests_end_where_plain_decoding_ends_them(llm: LLM, method: str) -> None:

@@ -23,7 +23,7 @@ from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.engine import costs as costs_module
 from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
-from s4c.engine.planner import DEEPEST, CostPlanner, plans_by_levels
+from s4c.engine.planner import DEEPEST, POOL, CostPlanner, plans_by_levels
 from s4c.types import Verdict
 from s4c.verify.tree import from_paths, merge
 
@@ -276,6 +276,55 @@ def test_each_drafter_is_planned_by_what_it_adds() -> None:
     assert text.tokens > 4 * 400
     unsure = Text(CostPlanner(Costs({1: 0.005, 32: 0.007}, dict.fromkeys(LEVELS, 0.0002)))).run(200, 0.8)
     assert all(unsure.levels)
+
+
+class Probed(Text):
+    """The same with a drafter whose probes, four rows of a pass, draft three levels for the round after it."""
+
+    drafted = False
+
+    def round(self, right: float, beside: float | None) -> None:
+        planner = self.planner
+        plan = planner.plan([CONTEXT])
+        probing = plan.nodes > 1
+        tree = from_paths(torch.tensor([7]), [[[1] * 3, [2]] if self.drafted else []], POOL, [[0.7, 0.2]])
+        tree = plan.worth_checking(tree)
+        assert planner.prune(tree) is tree
+        ahead = 0
+        while ahead < 9 and self.random.random() < right:
+            ahead += 1
+        accepted = min(ahead, tree.tokens[0].tolist().count(1))
+        committed = [1] * accepted + [1 if ahead > accepted else 9]
+        seconds = seconds_of(planner.costs, tree.size + 4 * probing, plan.depth if probing else 0)
+        planner.record(verdict_of([], committed), seconds)
+        self.levels.append(int(probing))
+        self.drafted = probing
+        self.seconds += sum(seconds.values())
+        self.tokens += len(committed)
+
+
+@pytest.mark.parametrize(("node", "right", "drafts"), [(0.1, 0.3, False), (0.02, 0.8, True), (0.05, 0.8, True)])
+def test_probes_are_hung_where_what_they_draft_pays_for_their_rows(node: float, right: float, drafts: bool) -> None:
+    passes = {n: FLAT[1] * (1 + node * (n - 1)) for n in (1, 16, 40)}
+    planner = CostPlanner(Costs(passes, dict.fromkeys(LEVELS, LEVELS[0])), probes=4)
+    text = Probed(planner).run(600, right)
+    assert all(text.levels[50:]) if drafts else sum(text.levels[50:]) < 30
+    assert text.regret < (-0.3 if drafts else 0.02)
+    if drafts:
+        Probed(planner, seed=1).run(100, 0.0)
+        assert Probed(planner, seed=2).run(400, 0.0).regret < 0.02
+    else:
+        assert all(Probed(planner, seed=1).run(600, 0.9).levels[-100:])
+
+
+def test_a_round_with_probes_alone_says_nothing_of_their_drafts() -> None:
+    planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, LEVELS), probes=4)
+    before = [(level.right.hits, level.right.weight) for level in planner.levels]
+    text = Probed(planner).run(1, 0.5)
+    assert text.levels == [1]
+    assert [(level.right.hits, level.right.weight) for level in planner.levels] == before
+    text.run(1, 0.5)
+    assert [(level.right.hits, level.right.weight) for level in planner.levels] != before
 
 
 def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:

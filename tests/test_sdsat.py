@@ -17,6 +17,7 @@ from test_engine import PROMPTS as REQUESTS
 from test_engine import SETTINGS
 from test_native import SETS as INSTRUCTION_SETS
 from test_native import computing
+from test_planner import WildCosts
 from test_rules import COOL, HOT, PROMPT, check_lossless
 from test_s4c_drafter import PROMPTS, Run
 from verify_oracles import Text, deterministic_tree, distance, plain_law, processed_by, sampled_trees, tiny_model
@@ -28,6 +29,7 @@ from s4c.drafters.checkpoint import load_drafter, save_checkpoint
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel, ends, hang, visible
+from s4c.engine.planner import CostPlanner
 from s4c.errors import UnsupportedModel, WrongTarget
 from s4c.models.loading import load_target
 from s4c.training.checkpoint import latest
@@ -272,8 +274,8 @@ def test_probes_hang_in_chains_and_padding_stands_for_none() -> None:
 
 def test_the_nodes_that_carry_probes_are_the_likely_ends() -> None:
     tree = from_paths(torch.tensor([9]), [[[1, 2], [3]]], 9)
-    path = torch.tensor([[1.0, 0.5, 0.4, 0.3]]).log()
-    assert torch.allclose(ends(tree, path), torch.tensor([[0.2, 0.1, 0.4, 0.3]]))
+    tree.belief = torch.tensor([[[1.0, 0.5, 0.4, 0.3]]]).log()
+    assert torch.allclose(ends(tree), torch.tensor([[0.2, 0.1, 0.4, 0.3]]))
 
 
 # --- lossless ---
@@ -292,6 +294,18 @@ def test_speculative_is_plain_batched_and_single(llm: LLM, setting: str, fused: 
     drafter = drafter_of(llm.target, fused)
     assert write(llm, drafter, SETTINGS[setting], tree) == plain
     assert llm.generate(REQUESTS[2], SETTINGS[setting]).token_ids == plain[2]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_planned_is_plain(llm: LLM, setting: str) -> None:
+    """With costs that are what chance says, so that rounds with and without candidates and probes come in any order."""
+    plain = write(llm, "none", SETTINGS[setting])
+    drafter = drafter_of(llm.target, FUSED)
+    llm._planners[drafter] = CostPlanner(WildCosts(), drafter.probes)
+    llm.use(drafter)
+    generations = llm.generate(REQUESTS, SETTINGS[setting])
+    assert [g.token_ids for g in generations] == plain
+    assert len({size for g in generations for size in g.stats.tree_sizes}) > 2
 
 
 def test_requests_of_their_own_and_ends_inside_a_round(llm: LLM) -> None:

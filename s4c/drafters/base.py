@@ -58,10 +58,12 @@ class Drafter(ABC):
 
     planned: bool = False
     """Whether the engine plans its trees where none is asked for. Its trees then follow the plan of each round and say
-    what it believes of their nodes, and there are no probes."""
+    what it believes of their nodes; probes it adds to the candidates that the plan finds worth checking, where the plan
+    has room for more than the root."""
 
-    probes: bool = False
-    """Whether its trees hold probes, so that only passes of the target tell what it would draft."""
+    probes: int = 0
+    """Most rows of probes in its trees, for each sequence; with probes only passes of the target tell what it would
+    draft."""
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` tokens each; what is held stays."""

@@ -28,8 +28,8 @@ class CombinedDrafter(Drafter):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
-        self.planned = first.planned and not second.probes
         self.probes = first.probes or second.probes
+        self.planned = first.planned and not self.probes
         self._second_plan = TreePlan.parse(second.default_tree)
 
     def reserve(self, slots: int, length: int) -> None:

@@ -31,7 +31,7 @@ from s4c.models.layers import Rotary, grouped_mask
 from s4c.models.llama import LlamaTarget, OpenModel
 from s4c.models.native.rows import native_top_and_total
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import root_only
+from s4c.verify.tree import TreePlan, root_only
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -246,7 +246,6 @@ class SDSATDrafter(Drafter):
     """
 
     name = "sdsat"
-    probes = True
 
     def __init__(self, config: SDSATConfig, adapter: Adapter, target: Target) -> None:
         target.adapt(adapter)
@@ -254,6 +253,8 @@ class SDSATDrafter(Drafter):
         self.adapter = adapter
         self.target = target
         self.default_tree = f"best:16x{config.tokens}"
+        self.planned = config.fused > 0
+        self.probes = max(config.fused, 1) * config.tokens
         self._first = target.spec.vocab_size
         self._select = native_top_and_total if target.runtime == "native" else None
         self._laws: dict[int, Tensor] = {}
@@ -265,8 +266,11 @@ class SDSATDrafter(Drafter):
     def propose(self, sequences: Sequences) -> DraftTree:
         self.target.adapt(self.adapter)
         laws = [self._laws[slot] for slot in range(len(sequences.tokens))]
-        tree, path = self._candidates(sequences, laws)
-        return hang(tree, self._carriers(tree, path, laws), self._first, self.config.tokens)
+        tree = self._candidates(sequences, sequences.plan.with_probes(self.config.tokens), laws)
+        tree = sequences.plan.worth_checking(tree)
+        if sequences.plan.deepened(self.config.tokens).nodes < 2:
+            return tree
+        return hang(tree, self._carriers(tree, laws), self._first, self.config.tokens)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         columns = tree.tokens.tolist(), tree.parents.tolist(), verdict.path.tolist(), verdict.accepted.tolist()
@@ -278,29 +282,28 @@ class SDSATDrafter(Drafter):
     def move(self, source: int, destination: int) -> None:
         self._laws[destination] = self._laws.pop(source)
 
-    def _candidates(self, sequences: Sequences, laws: Sequence[Tensor]) -> tuple[DraftTree, Tensor]:
-        """A tree from the laws of the positions, and the log of its paths' probabilities [B, N].
+    def _candidates(self, sequences: Sequences, plan: TreePlan, laws: Sequence[Tensor]) -> DraftTree:
+        """A tree from the laws of the positions.
 
         Where a sequence has no law, as for the levels that only others reach, its children have probability 0.
         """
         deepest = max(len(law) for law in laws)
         if deepest == 0:
-            return root_only(sequences.roots), torch.zeros(len(laws), 1, device=sequences.roots.device)
+            return root_only(sequences.roots)
         levels = torch.stack([F.pad(law, (0, 0, 0, deepest - len(law)), value=-torch.inf) for law in laws])
-        plan = sequences.plan.deepened(self.config.tokens)
         builder = replace(plan, depth=min(plan.depth, deepest)).grow(sequences.roots, self._select)
         while builder.open:
             law = levels[:, builder.level, None]
             extend(sequences, builder, law.expand(-1, builder.frontier.shape[1], -1))
-        return finish(sequences, builder), builder.path
+        return finish(sequences, builder)
 
-    def _carriers(self, tree: DraftTree, path: Tensor, laws: Sequence[Tensor]) -> Tensor:
+    def _carriers(self, tree: DraftTree, laws: Sequence[Tensor]) -> Tensor:
         """[B, G] int64, the columns of the nodes that are to carry probes; -1 for none."""
         if self.config.fused:
-            chance, nodes = ends(tree, path).topk(min(self.config.fused, tree.size), dim=1)
+            chance, nodes = ends(tree).topk(min(self.config.fused, tree.size), dim=1)
             return nodes.where(chance > 0, -1)
         undrafted = [len(law) == 0 for law in laws]
-        return torch.tensor([[0 if none else -1] for none in undrafted], device=path.device)[:, : any(undrafted)]
+        return torch.tensor([[0 if none else -1] for none in undrafted], device=tree.tokens.device)[:, : any(undrafted)]
 
     def _said(self, groups: dict[int, int], path: list[int]) -> list[int]:
         """Columns of the probes that speak of what follows the token behind a path, nearest first.
@@ -314,13 +317,10 @@ class SDSATDrafter(Drafter):
         return []
 
 
-def ends(tree: DraftTree, path: Tensor) -> Tensor:
-    """[B, N]: how likely each node is the last accepted one, by the drafter's own laws.
-
-    Args:
-        path: [B, N], the log of the probability of the path down to each node.
-    """
-    reached = path.exp() * (tree.candidate | (tree.parents < 0))
+def ends(tree: DraftTree) -> Tensor:
+    """[B, N]: how likely each node is the last accepted one, by the laws of the drafter that the tree is of."""
+    assert tree.belief is not None
+    reached = tree.belief[:, 0].exp().where(tree.candidate | (tree.parents < 0), 0.0)
     onwards = torch.zeros_like(reached).scatter_add(1, tree.parents[:, 1:], reached[:, 1:])
     return reached - onwards
 

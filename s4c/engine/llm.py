@@ -70,7 +70,7 @@ class LLM:
         rule: `coupled` (the tokens of plain decoding) or `rejection` (their law); or `typical`, which is lossy.
         tree: `comb:K`, `best:N`, `chain:D`, `plan` for the one that makes the most tokens per second, anew each round
             (what passes cost is measured once and kept in the cache folder), or `auto`: `plan` under the coupled rule,
-            and what the drafter recommends under others and for drafters with probes.
+            and what the drafter recommends under others, and where it drafts and verifies in turns (SDSAT).
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
         runtime: `auto`, `native`, `torch` or `hf`.
@@ -229,7 +229,7 @@ class LLM:
         """The planner of the drafter: what it has learnt is kept while others are used."""
         if self.drafter not in self._planners:
             costs = measured_costs(self.target, self.drafter, plans_by_levels(), self.threads)
-            self._planners[self.drafter] = CostPlanner(costs)
+            self._planners[self.drafter] = CostPlanner(costs, self.drafter.probes)
         return self._planners[self.drafter]
 
     def _chat_ids(self, messages: Any) -> list[int]:

@@ -4,9 +4,9 @@
     tokens per second  =  ------------------------------------------------------------------------
                                     T(B n) + D(l) + the rest of the round
 
-n is the size of a tree and l the number of levels that were drafted, T and D are measured (engine/costs.py; T for the
-lengths of the contexts), and a(v) is the chance that v is accepted: the product, along its path, of the chances that a
-node is where its parent is.
+n is the size of a tree, its probes included, and l the number of levels that were drafted, T and D are measured
+(engine/costs.py; T for the lengths of the contexts), and a(v) is the chance that v is accepted: the product, along its
+path, of the chances that a node is where its parent is.
 
 The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
 by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
@@ -16,6 +16,9 @@ checked or not, for the round tells which token came there. So are the sizes dec
                        formula is highest at l = 0; what another drafter found (`beside`) is counted first.
     Before the pass    n, from the nodes that are there: those of highest a(v) enter, as many as make it highest. No
                        node is more probable than its parent, so the tree is whole.
+
+A drafter with probes drafts for the round after: l says whether it hangs them, and what the probes of the round before
+have drafted is checked as far as it is worth its pass, whatever l is.
 
 What is not tried is not known. Where nothing is drafted, the planner tries all the same, but spends no more than
 `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns quickly when the text
@@ -33,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
@@ -119,6 +122,7 @@ class _Round:
     rows: list[Row] | None = None
     kept: list[list[int]] = field(default_factory=list)
     size: int = 1
+    told: int = 0
 
 
 class CostPlanner:
@@ -126,12 +130,13 @@ class CostPlanner:
 
     Args:
         costs: of rounds.
+        probes: rows that a drafter with probes adds to a tree to draft the next one.
     """
 
-    pool = POOL
-
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, probes: int = 0) -> None:
         self.costs = costs
+        self.probes = probes
+        self.pool = POOL + probes
         self.acceptance = Acceptance()
         self.levels = [Level() for _ in range(DEEPEST + 1)]
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
@@ -148,10 +153,14 @@ class CostPlanner:
 
     def prune(self, tree: DraftTree) -> DraftTree:
         now = self._round
-        now.size = tree.size
+        if now.rows is not None:  # its candidates have been chosen, and probes hang below them
+            return tree
+        now.size, now.told = tree.size, now.levels
         if tree.belief is None:
             return tree
         now.rows = self.acceptance.read(tree)
+        if self.probes:  # it was drafted by the probes of the round before, whether or not there are any now
+            now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (tree.belief.shape[1] - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
         columns = range(1, tree.size)
@@ -161,7 +170,7 @@ class CostPlanner:
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
-        self.costs.observe(now.batch, now.size, now.levels, seconds, now.further)
+        self.costs.observe(now.batch, now.size + self._beside(now.levels), now.levels, seconds, now.further)
         accepted = verdict.accepted.tolist()
         for b, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
             self._learn(b, tokens[: count + 1])
@@ -169,7 +178,11 @@ class CostPlanner:
 
     def _seconds(self, size: int, levels: int) -> float:
         """What this round costs with trees of that size after a draft of that many levels."""
-        return self.costs.round(self._round.batch, size, levels, self._round.further)
+        return self.costs.round(self._round.batch, size + self._beside(levels), levels, self._round.further)
+
+    def _beside(self, levels: int) -> int:
+        """Rows of probes in the pass of a round that drafts that many levels."""
+        return self.probes if levels else 0
 
     def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
@@ -245,7 +258,7 @@ class CostPlanner:
 
     def _learn_levels(self, right: int, sizes: Sequence[int]) -> None:
         """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
-        levels = self._round.levels
+        levels = self._round.told
         for level in range(1, levels + 1):
             known = self.levels[level]
             known.nodes += (1 - MEMORY) * (sizes[level] - known.nodes)
@@ -261,7 +274,7 @@ class CostPlanner:
         most = max(now.stake, self._seconds(1, 0))
         seconds = self._seconds(now.size, now.levels)
         self._credit = min(self._credit, most) + TRYING * seconds
-        if now.levels:
+        if now.levels or now.told:
             self._credit -= seconds - tokens / now.undrafted_rate
         self._credit = min(max(self._credit, -most), most)
 
@@ -283,6 +296,13 @@ class Planned(TreePlan):
     @property
     def limit(self) -> int:
         return POOL
+
+    def with_probes(self, depth: int) -> TreePlan:
+        return replace(self, depth=depth, nodes=POOL, floor=-math.inf)
+
+    def worth_checking(self, tree: DraftTree) -> DraftTree:
+        assert self.planner is not None
+        return self.planner.prune(tree)
 
     def __str__(self) -> str:
         return NAME

@@ -258,6 +258,14 @@ class TreePlan:
             return self
         return replace(self, nodes=max(2, self.nodes - found))
 
+    def with_probes(self, depth: int) -> TreePlan:
+        """The plan for a drafter whose levels, `depth` of them, cost no more than rows in the target's pass."""
+        return self.deepened(depth)
+
+    def worth_checking(self, tree: DraftTree) -> DraftTree:
+        """The part of a tree of candidates that is worth its place in the pass, before a drafter adds probes to it."""
+        return tree
+
     def grow(self, roots: Tensor, select: Select | None = None) -> TreeBuilder:
         """Start a tree below each root, [B] int64; `select` does what `top_and_total` does."""
         assert self.depth > 0, "a plan without a depth is deepened by the drafter first"
