@@ -65,6 +65,27 @@ def test_costs_follow_the_rounds_but_not_a_slow_one() -> None:
     assert costs.round(4, 1, 2) > costs.round(1, 1, 2) - 1, "a batch that has not been seen goes by the table"
 
 
+def test_what_a_wide_pass_costs_is_corrected_by_rounds() -> None:
+    """Measured in a bad moment a pass of 8 passed for twice a plain one, and is a quarter more."""
+    costs, true = Costs({1: 1.0, 8: 2.0, 32: 8.0}, LEVELS), Costs({1: 1.0, 8: 1.25, 32: 5.0}, LEVELS)
+    for _ in range(costs_module.RECENT):
+        costs.observe(1, 1, 0, seconds_of(true, 1, 0))
+        costs.observe(1, 8, 2, seconds_of(true, 8, 2))
+    assert costs.round(1, 8, 2) == pytest.approx(true.round(1, 8, 2), rel=0.01)
+    assert costs.round(1, 1, 0) == pytest.approx(true.round(1, 1, 0), rel=0.01)
+
+
+def test_a_pace_of_long_ago_is_forgotten() -> None:
+    """Wide passes were slow while other work ran; since then there were none, and they pass for as fast as the rest."""
+    costs = Costs({1: 1.0, 32: 2.0}, LEVELS)
+    slow = {step: 3 * seconds for step, seconds in seconds_of(costs, 16, 1).items()}
+    for _ in range(costs_module.RECENT):
+        costs.observe(1, 16, 1, slow)
+    for _ in range(costs_module.LENT * costs_module.RECENT):
+        costs.observe(1, 1, 0, seconds_of(costs, 1, 0))
+    assert costs.round(1, 16, 0) == pytest.approx(costs.passes[1] + 15 / 31 + LEVELS[0], rel=0.01)
+
+
 def test_a_longer_context_makes_each_node_dearer() -> None:
     costs = Costs({1: 1.0, 2: 1.25, 32: 8.75}, {0: 0.0}, (0.001, 0.0005))
     assert costs.round(1, 2, 0, 100) == pytest.approx(1.25 + 100 * 0.002)

@@ -53,7 +53,7 @@ class SDSATConfig:
     tokens: int = 5
     rank: int = 16
     groups: int = 32
-    fused: int = 0
+    fused: int = 1
 
     def __post_init__(self) -> None:
         if not FEWEST_TOKENS <= self.tokens <= MOST_TOKENS:

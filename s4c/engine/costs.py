@@ -7,9 +7,9 @@
 The least of several times is taken: other work on the machine makes a pass longer, never shorter, and what counts is
 how these times stand to each other. A file holds them for each machine, target and drafter, below the folder `costs` of
 the cache. While generating, what the rounds take corrects them: the pace, by which a pass takes longer now than when it
-was measured (a busy machine, costly sampling), and the drafts of each batch size. All are medians of the last rounds,
-which one slow round does not move. So a file stays good on a machine that has become slower, and not where passes of
-one and of many tokens have changed apart.
+was measured (a busy machine, costly sampling), told apart for passes of few tokens and of more, and the drafts of each
+batch size. All are medians of the last rounds, which one slow round does not move. So a file stays good on a machine
+that has become slower, and what it says of wide passes is soon corrected where it was taken in a bad moment.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ TRUSTED = 1.25
 LOOKS = 4
 """Passes of each size by which that is told."""
 
+NARROW = 2
+"""Most tokens of a pass that has the pace of narrow ones."""
+
+LENT = 10
+"""Each so many passes of one kind on end tell of the other kind too, which has not been seen for as long."""
+
 
 class Recent:
     """The median of the last values."""
@@ -96,7 +102,9 @@ class Costs:
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
-        self._pace = Recent(1.0)
+        self._paces = {narrow: Recent(1.0) for narrow in (True, False)}
+        self._seen: set[bool] = set()
+        self._last, self._run = True, 0
         self._rest = Recent(0.0)
         self._drafts: dict[tuple[int, int], Recent] = {}
 
@@ -111,16 +119,27 @@ class Costs:
         """
         drafted = self._drafts.get((batch, levels))
         draft = self.drafts.get(levels, 0.0) if drafted is None else drafted.middle
-        return self._pace.middle * (self._pass(batch, nodes, further) + draft) + self._rest.middle
+        return self._pace(batch * nodes) * (self._pass(batch, nodes, further) + draft) + self._rest.middle
 
     def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them."""
         passed = seconds["verify"] + seconds["judge"]
-        self._pace.add(passed / self._pass(batch, nodes, further))
+        narrow = batch * nodes <= NARROW
+        self._run = self._run + 1 if narrow == self._last else 1
+        self._last = narrow
+        self._seen.add(narrow)
+        for kind, pace in self._paces.items():
+            if kind == narrow or self._run % LENT == 0:
+                pace.add(passed / self._pass(batch, nodes, further))
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        draft = seconds["draft"] / self._pace.middle
+        draft = seconds["draft"] / self._pace(batch * nodes)
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
+
+    def _pace(self, tokens: int) -> float:
+        """Of passes of so many tokens; while none like them was seen, that of the others."""
+        narrow = tokens <= NARROW
+        return self._paces[narrow if narrow in self._seen else not narrow].middle
 
     def _pass(self, batch: int, nodes: int, further: int) -> float:
         tokens = batch * nodes

@@ -567,13 +567,19 @@ void mix(const float* weights, size_t stride, const Place& at, size_t width, int
     for (; v < vectors; v++) mix_values<Q, 1>(weights, stride, at, v, width, begin, end, rows, shift, out);
 }
 
-// Calls f with a compile-time number of queries, a tile of them at a time: f(number, first query).
+// Calls f(number, first query) for tiles that share the queries evenly, with a number that is known to the compiler.
+template <int MOST = QUERIES, class F>
+inline void with_number(int number, int q, F f) {
+    if constexpr (MOST > 1) {
+        if (number < MOST) return with_number<MOST - 1>(number, q, f);
+    }
+    f(std::integral_constant<int, MOST>(), q);
+}
+
 template <class F>
 inline void each_tile(int count, F f) {
-    int q = 0;
-    for (; q + QUERIES <= count; q += QUERIES) f(std::integral_constant<int, QUERIES>(), q);
-    for (; QUERIES > 3 && q + 3 <= count; q += 3) f(std::integral_constant<int, 3>(), q);
-    for (; q < count; q++) f(std::integral_constant<int, 1>(), q);
+    int tiles = (count + QUERIES - 1) / QUERIES;
+    for (int t = 0; t < tiles; t++) with_number(count * (t + 1) / tiles - count * t / tiles, count * t / tiles, f);
 }
 
 // The queries of one slot and key head, and the memory of the thread that works on them.
