@@ -268,6 +268,19 @@ void the_highest_is_found(int columns, unsigned seed) {
         }
 }
 
+// A longer row begins with a shorter one, whatever the threads.
+void noise_is_of_its_row_alone() {
+    Floats longest(1000);
+    s4c_set_threads(3);
+    CHECK(s4c_noise(~0ull, 2, 1ull << 40, 1000, longest.data()) == 0);
+    s4c_set_threads(1);
+    for (int size : {1, 63, 64, 65, 999}) {
+        Floats row(static_cast<size_t>(size));
+        CHECK(s4c_noise(~0ull, 2, 1ull << 40, size, row.data()) == 0);
+        CHECK(std::memcmp(row.data(), longest.data(), row.size() * sizeof(float)) == 0);
+    }
+}
+
 // Low-rank terms act at the rows that are named: a row gets the same with and without them where they are not on its path.
 void terms_act_at_their_rows_alone(int kind, unsigned seed) {
     constexpr int RANK = 3;
@@ -332,6 +345,7 @@ void check(const std::string& name) {
         drafts_know_no_other_sequence(kind, false, 4, 301);
     }
     for (int columns : {1, 16, 255, 1000}) the_highest_is_found(columns, 7);
+    noise_is_of_its_row_alone();
     s4c_set_threads(1);
 }
 
