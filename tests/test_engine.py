@@ -193,7 +193,7 @@ def test_the_context_ends_a_request(llm: LLM) -> None:
 
 
 def test_logprobs_are_those_of_the_processed_law(llm: LLM) -> None:
-    params = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=6, logprobs=True, seed=9)
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=6, logprobs=True, ignore_eos=True, seed=9)
     llm.use("none")
     plain = llm.generate(PROMPTS[0], params)
     assert plain.logprobs is not None
