@@ -219,7 +219,7 @@ def test_the_drafter_is_an_ordinary_one_for_the_tuned_model_alone(
     with pytest.raises(WrongTarget, match=re.escape(f"was trained for {out}/best/model")):
         load_model(out / "best", target, METHODS)
     config = json.loads((out / "best/config.json").read_text())
-    assert config["config"] == {"tokens": SIZE, "rank": 0, "groups": 20, "fused": 0}
+    assert config["config"] == {"tokens": SIZE, "rank": 0, "groups": 20, "fused": 1}
     tuned = load_target(str(out / "best/model"), runtime="torch")
     assert config["target"]["fingerprint"] == tuned.spec.fingerprint != target.spec.fingerprint
     loaded = load_model(out / "best", tuned, METHODS)
@@ -353,7 +353,7 @@ def test_wrong_options() -> None:
         "standard=-1": "standard is -1.0; it must be a finite weight of at least 0",
         "standard=inf": "standard is inf",
         "tokens=2": "from 3 to 13",
-        "heads=2": "is no setting of sdsat; give KEY=VALUE, of: tokens=5, rank=0, groups=32, fused=0, standard=1.0",
+        "heads=2": "is no setting of sdsat; give KEY=VALUE, of: tokens=5, rank=0, groups=32, fused=1, standard=1.0",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             parse_settings(line, [setting])
