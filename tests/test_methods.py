@@ -111,7 +111,7 @@ def test_drafting_is_the_training_pass(llm: LLM, method: str) -> None:
 def test_going_on_is_starting_anew(llm: LLM, method: str, rests: bool) -> None:
     """With trees wide enough to accept something, the next tree is that of a drafter that reads the text at once.
 
-    Nothing else holds after rounds in which it was not asked for a draft.
+    It is so after rounds in which no draft was asked for, too.
     """
     drafter = model_of(method, llm.target).drafter(llm.target, torch.float32)
     run = Run(llm.target, drafter, PROMPTS, "comb:40x3")

@@ -82,6 +82,30 @@ class Recent:
         self.middle = median(self._values)
 
 
+class Paces:
+    """By how much passes take longer now than when they were measured, told apart by their width."""
+
+    def __init__(self) -> None:
+        self._of: dict[bool, Recent] = {}
+        self._last, self._run = True, 0
+
+    def add(self, tokens: int, pace: float) -> None:
+        """Count a pass of so many tokens."""
+        narrow = tokens <= NARROW
+        self._run = self._run + 1 if narrow == self._last else 1
+        self._last = narrow
+        self._of.setdefault(narrow, Recent(1.0)).add(pace)
+        other = self._of.get(not narrow)
+        if other and self._run % LENT == 0:
+            other.add(pace)
+
+    def of(self, tokens: int) -> float:
+        """Of passes of so many tokens; while none like them was seen, that of the others."""
+        narrow = tokens <= NARROW
+        recent = self._of.get(narrow) or self._of.get(not narrow)
+        return recent.middle if recent else 1.0
+
+
 class Costs:
     """Seconds of rounds.
 
@@ -102,9 +126,7 @@ class Costs:
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
-        self._paces = {narrow: Recent(1.0) for narrow in (True, False)}
-        self._seen: set[bool] = set()
-        self._last, self._run = True, 0
+        self._paces = Paces()
         self._rest = Recent(0.0)
         self._drafts: dict[tuple[int, int], Recent] = {}
 
@@ -119,27 +141,16 @@ class Costs:
         """
         drafted = self._drafts.get((batch, levels))
         draft = self.drafts.get(levels, 0.0) if drafted is None else drafted.middle
-        return self._pace(batch * nodes) * (self._pass(batch, nodes, further) + draft) + self._rest.middle
+        return self._paces.of(batch * nodes) * (self._pass(batch, nodes, further) + draft) + self._rest.middle
 
     def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them."""
         passed = seconds["verify"] + seconds["judge"]
-        narrow = batch * nodes <= NARROW
-        self._run = self._run + 1 if narrow == self._last else 1
-        self._last = narrow
-        self._seen.add(narrow)
-        for kind, pace in self._paces.items():
-            if kind == narrow or self._run % LENT == 0:
-                pace.add(passed / self._pass(batch, nodes, further))
+        self._paces.add(batch * nodes, passed / self._pass(batch, nodes, further))
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        draft = seconds["draft"] / self._pace(batch * nodes)
+        draft = seconds["draft"] / self._paces.of(batch * nodes)
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
-
-    def _pace(self, tokens: int) -> float:
-        """Of passes of so many tokens; while none like them was seen, that of the others."""
-        narrow = tokens <= NARROW
-        return self._paces[narrow if narrow in self._seen else not narrow].middle
 
     def _pass(self, batch: int, nodes: int, further: int) -> float:
         tokens = batch * nodes
