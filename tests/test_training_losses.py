@@ -24,9 +24,15 @@ def random_batch(seed: int = 0) -> TrainingBatch:
 TERMS = ["lm", "teacher", "smooth", "acceptance"]
 
 
-def slow_terms(prediction: Prediction, batch: TrainingBatch, head: Tensor) -> tuple[Tensor, ...]:
-    """The definition, position by position: the terms in the order of `TERMS`."""
-    lm, teacher, smooth, acceptance = [], [], [], []
+def slow_terms(
+    prediction: Prediction, batch: TrainingBatch, head: Tensor, weight: dict[tuple[int, int], float] | None = None
+) -> tuple[Tensor, ...]:
+    """The definition, position by position: the terms in the order of `TERMS`.
+
+    `weight` is that of the token at (row, index), 1 unless given.
+    """
+    terms: list[list[tuple[float, Tensor]]] = [[], [], [], []]
+    lm, teacher, smooth, acceptance = terms
     for b in range(batch.tokens.shape[0]):
         for t in range(batch.tokens.shape[1]):
             about = t + prediction.offset
@@ -34,14 +40,15 @@ def slow_terms(prediction: Prediction, batch: TrainingBatch, head: Tensor) -> tu
                 continue
             q = prediction.logits(prediction.hidden[b, t][None])[0].softmax(-1)
             p = (head @ batch.features[b, about - 1]).softmax(-1)
-            teacher.append(-sum(p[v] * q[v].log() for v in range(len(IDS))))
-            acceptance.append(-(1 - 0.5 * (p - q).abs().sum()).log())
+            w = 1.0 if weight is None else weight[b, about]
+            teacher.append((w, -(p * q.log()).sum()))
+            acceptance.append((w, -(1 - 0.5 * (p - q).abs().sum()).log()))
             if int(batch.tokens[b, about]) in IDS.tolist():
-                lm.append(-q[IDS.tolist().index(int(batch.tokens[b, about]))].log())
+                lm.append((w, -q[IDS.tolist().index(int(batch.tokens[b, about]))].log()))
             if prediction.features is not None:
                 error = (prediction.features[b, t] - batch.features[b, about - 1]).abs()
-                smooth.append(torch.where(error < 1, 0.5 * error**2, error - 0.5).mean())
-    return tuple(torch.stack(x).mean() if x else torch.zeros(()) for x in (lm, teacher, smooth, acceptance))
+                smooth.append((w, torch.where(error < 1, 0.5 * error**2, error - 0.5).mean()))
+    return tuple(torch.as_tensor(sum(w * x for w, x in term) / max(1e-30, sum(w for w, _ in term))) for term in terms)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
@@ -53,7 +60,7 @@ def test_each_term_equals_the_slow_one(offset: int, term: str) -> None:
     hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
     rows = torch.randn(len(IDS), HIDDEN, requires_grad=True)
     prediction = Prediction(hidden, lambda x: x @ rows.T, hidden, offset)
-    fast = getattr(head_loss(prediction, Lesson.of(batch, IDS, head)), term)
+    fast = head_loss(prediction, Lesson.of(batch, IDS, head)).terms()[term]
     slow = slow_terms(prediction, batch, head)[TERMS.index(term)]
     assert fast.item() == pytest.approx(slow.item(), rel=1e-5)
     inputs = (hidden,) if term == "smooth" else (hidden, rows)
@@ -69,7 +76,8 @@ def test_losses_of_laws_by_finite_differences(count: int, size: int, seed: int) 
     logits = torch.randn(count, size, generator=random, dtype=torch.float64, requires_grad=True)
     law = torch.randn(count, size, generator=random, dtype=torch.float64).softmax(-1)
     column = torch.randint(-1, size, (count,), generator=random)
-    assert torch.autograd.gradcheck(lambda z: law_losses(z, column, law), (logits,))
+    weight = torch.rand(count, generator=random, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: law_losses(z, column, law, weight)[:3], (logits,))
 
 
 def test_acceptance_is_learnt_where_no_token_of_the_law_is_in_reach() -> None:
@@ -93,6 +101,33 @@ def test_the_composite_is_the_weighted_mean_over_heads() -> None:
     assert parts["teacher/2"].item() == pytest.approx(heads[1][1].item(), rel=1e-5)
     for got, expected in zip(gradients(loss, model), gradients(wanted, model), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_a_position_weighs_as_much_as_rounds_come_to_it(power: float) -> None:
+    target, batch = TinyTarget(), random_batch()
+    head = target.head_weight(IDS)
+    model = tiny_model(target, token_ids=IDS, heads=3)
+    loss, parts = CompositeLoss(model, head, LossWeights(lm=0.3, teacher=0.7, acceptance=0.4, reach=power))(batch)
+    chance = {(b, i): 1.0 for b in range(3) for i in range(9)}
+    heads = []
+    for prediction in model.predictions(batch):
+        weight = {at: value**power for at, value in chance.items()}
+        heads.append(slow_terms(prediction, batch, head, weight))
+        accepted = {}
+        for b, i in chance:
+            generated = int(batch.answer_start[b]) <= i < int(batch.length[b]) and i >= prediction.offset
+            alone = TrainingBatch(
+                batch.tokens, batch.features, torch.zeros(3, dtype=torch.int64), torch.ones(3).long() * i
+            )
+            alone.answer_start[b], alone.length[b] = i, i + 1
+            taken = slow_terms(prediction, alone, head)[3] if generated else torch.tensor(torch.inf)
+            accepted[b, i] = float((-taken.detach()).exp())
+        chance = {(b, i): chance[b, i - 1] * accepted[b, i - 1] if i else 0.0 for b, i in chance}
+    assert any(0 < value < 1 for value in chance.values())
+    each = [0.3 * lm + 0.7 * teacher + 0.1 * smooth + 0.4 * taken for lm, teacher, smooth, taken in heads]
+    torch.testing.assert_close(loss, torch.stack(each).mean(), rtol=1e-4, atol=1e-5)
+    assert parts["teacher/3"].item() == pytest.approx(heads[2][1].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"lm": -0.1}, {"acceptance": float("nan")}, {"depth": 0.0}])

@@ -83,6 +83,9 @@ def train(
     smooth_weight: Annotated[float | None, _setting("0.1", "Weight of the target's feature.", LOSS)] = None,
     acceptance_weight: Annotated[float | None, _setting("0.0", "Weight of the chance of acceptance.", LOSS)] = None,
     depth_weight: Annotated[float | None, _setting("1.0", "Of a head, over that of the one before.", LOSS)] = None,
+    reach_weight: Annotated[
+        float | None, _setting("0.0", "Power of the chance that rounds come to a position.", LOSS)
+    ] = None,
     target: options.Target = options.DEFAULT_TARGET,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
