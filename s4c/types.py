@@ -174,7 +174,8 @@ class TargetOutput:
 
     Attributes:
         logits: [B, N, V] float32, of the token after each node.
-        features: [B, N, d], the target's hidden state after its final norm at each node.
+        features: [B, N, d], the target's hidden state after its final norm at each node; behind it those of the
+            layers that were tapped, d each.
     """
 
     logits: Tensor

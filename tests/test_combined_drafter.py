@@ -11,11 +11,12 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from s4c import LLM, SamplingParams
 from s4c.drafters.base import Drafter, Sequences
 from s4c.drafters.combined import CombinedDrafter
-from s4c.types import DraftTree
+from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import TreePlan, from_paths, merge, root_only
 
 PATHS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=4)
@@ -119,3 +120,40 @@ def test_a_name_with_a_plus_is_two_drafters(target: str) -> None:
         LLM(target, "none+ngram")
     with pytest.raises(ValueError, match="'medium' is not known"):
         LLM(target, "ngram+medium")
+
+
+class Reading(Fixed):
+    """Keeps the features that it is given."""
+
+    def __init__(self, taps: tuple[int, ...]) -> None:
+        super().__init__([1])
+        self.taps = taps
+        self.seen: list[Tensor] = []
+
+    def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
+        self.seen.append(features)
+
+    def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
+        self.seen.append(output.features)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((), ()), ((2, 5), ()), ((), (5,)), ((2, 5), (3, 5)), ((4,), (4,))], ids=str
+)
+def test_each_drafter_is_given_the_layers_that_it_taps(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    parts = Reading(first), Reading(second)
+    combined = CombinedDrafter(*parts)
+    assert combined.taps == tuple(sorted({*first, *second}))
+    features = torch.tensor([0, *combined.taps]).float().repeat_interleave(3)[None]
+    tree = root_only(torch.tensor([1]))
+    combined.prefill(0, torch.tensor([1]), features)
+    combined.commit(tree, rooted(tree), TargetOutput(torch.zeros(1, 1, 4), features[None]))
+    for part in parts:
+        wanted = torch.tensor([0, *part.taps]).float().repeat_interleave(3)
+        assert [torch.equal(seen.flatten(), wanted) for seen in part.seen] == [True, True]
+
+
+def rooted(tree: DraftTree) -> Verdict:
+    """The verdict on a tree of the root alone."""
+    none = torch.zeros(1, 1, dtype=torch.int64)
+    return Verdict(none, none[0], none[0], tree.tokens)

@@ -273,8 +273,8 @@ def test_unusable_logits_end_their_own_request_alone(llm: LLM, monkeypatch: pyte
     expected = [g.token_ids for g in llm.generate(PROMPTS[:3], params)]
     verify, passes = llm.target.verify, iter(range(100))
 
-    def broken(tree: DraftTree) -> Any:
-        output = verify(tree)
+    def broken(tree: DraftTree, taps: Any) -> Any:
+        output = verify(tree, taps)
         if next(passes) == 2:
             output.logits[1] = torch.nan
         return output
@@ -300,8 +300,8 @@ def test_a_request_that_excludes_every_token_fails_alone(llm: LLM) -> None:
 
 
 def unusable(verify: Any) -> Any:
-    def broken(tree: DraftTree) -> Any:
-        output = verify(tree)
+    def broken(tree: DraftTree, taps: Any) -> Any:
+        output = verify(tree, taps)
         output.logits[:] = torch.nan
         return output
 

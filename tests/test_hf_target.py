@@ -118,6 +118,12 @@ def test_features_are_what_the_head_reads(pair: tuple[HFTarget, Any]) -> None:
     assert torch.equal(target.head_weight(torch.tensor([3, 1])), target.head_weight()[[3, 1]])
     root = target.verify(trees.root_only(torch.tensor([4]))).features
     assert root.shape == (1, 1, tiny_models.HIDDEN)
+    with torch.no_grad():
+        hidden = oracle(torch.tensor([[*PROMPT, 4]]), output_hidden_states=True).hidden_states[1][0]
+    tapped = target.prefill(0, torch.tensor(PROMPT), [1])
+    assert close(tapped, torch.cat([features, hidden[:-1]], -1))
+    root = target.verify(trees.root_only(torch.tensor([4])), [1]).features
+    assert close(root[0, 0, tiny_models.HIDDEN :], hidden[-1])
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,10 @@ def test_prefill_features_and_logits_are_those_of_transformers(tmp_path: Path, f
     expected = oracle(tokens[None], output_hidden_states=True)
     bound = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.03}[dtype]
     assert (features - expected.hidden_states[-1][0]).abs().max() < bound
+    feature, tapped = target.prefill(0, tokens, [1]).chunk(2, -1)
+    assert torch.equal(feature, features)
+    hidden = expected.hidden_states[1][0]
+    assert (tapped - hidden).abs().max() < bound * hidden.abs().max().clamp(min=1)
     logits = target.head(features).float()
     assert (logits - expected.logits[0]).abs().max() < bound * 4
 

@@ -245,6 +245,23 @@ def test_the_layers_are_those_of_torch(shape: LayerShape, options: dict[str, Any
             assert error < (2 * bound if shape.hidden == 1 else bound), (dtype, name)
 
 
+def test_tapped_layers_are_given_as_well() -> None:
+    oracle = stack_of(SMALL, torch.float32, native=False)
+    x, tree = random(3, 7, SMALL.hidden), torch.tensor([[-1, 0, 0, 1, 2, 2, 5]]).expand(3, -1)
+    oracle.reserve(3, 32)
+    expected = oracle.run(x, tree, taps=[1, 2])
+    assert expected.shape == (3, 7, 3 * SMALL.hidden)
+    for name in SETS:
+        for threads in (1, 2):
+            stack = stack_of(SMALL, torch.float32)
+            stack.reserve(3, 32)
+            with computing(name, threads):
+                plain, wide, first = stack.run(x, tree), stack.run(x, tree, taps=[1, 2]), stack.run(x, tree, taps=[1])
+            torch.testing.assert_close(wide, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(wide[..., : SMALL.hidden], plain)
+            assert torch.equal(first, wide[..., : 2 * SMALL.hidden])
+
+
 # ------------------------------------------------------------------------------ the layers, against themselves, bitwise
 
 

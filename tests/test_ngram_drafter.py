@@ -110,7 +110,7 @@ def test_a_corpus_is_looked_up_and_changes_no_text(tmp_path: Path) -> None:
     corpus.write_text("nothing")
     llm.use(f"ngram={corpus}")
     assert llm.generate([4, 5, 6], params).token_ids == plain.token_ids
-    llm.use(NgramDrafter(Corpus([4, 5, 6, *plain.token_ids])))
+    llm.use(NgramDrafter(Corpus([4, 5, 6, *plain.token_ids])), "chain:8")
     found = llm.generate([4, 5, 6], params)
     assert found.token_ids == plain.token_ids
     assert found.stats.rounds < 8

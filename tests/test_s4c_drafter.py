@@ -33,8 +33,9 @@ def drafter_of(target: Any, **config: Any) -> tuple[S4CModel, S4CDrafter]:
     torch.manual_seed(0)
     model = S4CModel(target, S4CConfig(head_dim=8, **config), torch.arange(0, 64, 2) if config else torch.arange(64))
     with torch.no_grad():
-        for parameter in model.heads.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if name.startswith(("heads.", "blend.")):
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model, model.drafter(target, torch.float32)
 
 
@@ -50,7 +51,7 @@ class Run:
         self.features = []
         for slot, prompt in enumerate(prompts):
             tokens = torch.tensor(prompt[:-1], dtype=torch.int64)
-            self.features.append(target.prefill(slot, tokens))
+            self.features.append(target.prefill(slot, tokens, drafter.taps))
             drafter.prefill(slot, tokens, self.features[-1])
 
     def propose(self, temperature: float = 0.0) -> Any:
@@ -62,7 +63,7 @@ class Run:
         return scores, self.drafter.propose(sequences)
 
     def finish(self, scores: Any, tree: Any) -> list[int]:
-        output = self.target.verify(tree)
+        output = self.target.verify(tree, self.drafter.taps)
         verdict = coupled(tree, output, scores)
         self.target.commit(verdict)
         self.drafter.commit(tree, verdict, output)
@@ -98,6 +99,7 @@ def predicted(model: S4CModel, target: Any, line: list[int], features: torch.Ten
         {"heads": 4, "normed_output": True},
         {"lm_head": "own"},
         {"lm_head": "low-rank", "rank": 8},
+        {"heads": 2, "taps": "1"},
     ],
     ids=str,
 )
@@ -177,7 +179,7 @@ def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -
 @pytest.mark.parametrize("plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"heads": 1}, {"heads": 3, "context_vocab": 3}, {"heads": 4, "lm_head": "low-rank", "rank": 8}],
+    [{}, {"heads": 1}, {"heads": 3, "context_vocab": 3}, {"heads": 4, "lm_head": "low-rank", "rank": 8}, {"taps": "1"}],
     ids=str,
 )
 def test_a_draft_in_one_call_is_the_draft_level_by_level(
@@ -196,7 +198,7 @@ def test_a_draft_in_one_call_is_the_draft_level_by_level(
                 assert run.drafter._slots[slot].tokens == []
         for slot, state in at_once.drafter._slots.items():
             assert torch.equal(state.carry, by_level.drafter._slots[slot].carry)
-        output = target.verify(tree)
+        output = target.verify(tree, at_once.drafter.taps)
         verdict = coupled(tree, output, scores)
         target.commit(verdict)
         for run in (at_once, by_level):
@@ -242,10 +244,45 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
     assert torch.allclose(model.logits(hidden), hidden @ full.T, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 0}, {"lm_head": "borrowed"}, {"rank": 0}, {"context_vocab": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"heads": 0},
+        {"lm_head": "borrowed"},
+        {"rank": 0},
+        {"context_vocab": -1},
+        {"taps": "8,4"},
+        {"taps": "0,4"},
+        {"taps": "4,4"},
+        {"taps": "4,last"},
+    ],
+)
 def test_a_wrong_configuration_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         S4CConfig(**wrong)
+
+
+def test_taps_are_layers_before_the_last(target: Any) -> None:
+    with pytest.raises(ValueError, match="taps is '2'; they must be below 2, the layers of the target"):
+        S4CModel(target, S4CConfig(head_dim=8, taps="2"), torch.arange(64))
+
+
+def test_taps_change_nothing_until_they_are_trained(target: Any) -> None:
+    plain, _ = drafter_of(target, heads=2)
+    tapped = S4CModel(target, S4CConfig(head_dim=8, heads=2, taps="1"), plain.token_ids)
+    tapped.start_from(plain)
+    tokens = torch.tensor(PROMPTS[2])
+    target.reserve(1, 64)
+    features = target.prefill(0, tokens, tapped.taps)
+    assert features.shape == (11, 2 * tiny_models.HIDDEN)
+    assert torch.equal(features[:, : tiny_models.HIDDEN], target.prefill(0, tokens))
+    wide = TrainingBatch(tokens[None], features[None], torch.tensor([11]), torch.tensor([0]))
+    narrow = replace(wide, features=wide.features[..., : tiny_models.HIDDEN])
+    for ours, theirs in zip(tapped.predictions(wide), plain.predictions(narrow), strict=True):
+        assert torch.equal(ours.hidden, theirs.hidden)
+    with torch.no_grad():
+        tapped.blend.mix.weight.add_(1.0)
+    assert not torch.equal(tapped.predictions(wide)[0].hidden, plain.predictions(narrow)[0].hidden)
 
 
 def test_training_starts_from_another_drafter(target: Any) -> None:

@@ -204,7 +204,7 @@ def test_the_pair_writes_what_the_tuned_model_writes_plainly(
     llm = LLM(str(out / "best/model"), "none", max_batch=4, runtime=runtime)
     prompts = [*PROMPTS, *(list(row.prompt_ids) for row in rows)]
     plain = [generation.token_ids for generation in llm.generate(prompts, SETTINGS[setting])]
-    llm.use(str(out / "best"))
+    llm.use(str(out / "best"), f"best:16x{SIZE}")
     drafted = llm.generate(prompts, SETTINGS[setting])
     assert [generation.token_ids for generation in drafted] == plain
     if setting == "greedy":
@@ -232,7 +232,7 @@ def test_validation_drives_the_drafter_with_passes_of_the_tuned_model(
 ) -> None:
     asked = []
     verify = LlamaTarget.verify
-    monkeypatch.setattr(LlamaTarget, "verify", lambda self, tree: asked.append(self) or verify(self, tree))
+    monkeypatch.setattr(LlamaTarget, "verify", lambda self, tree, taps: asked.append(self) or verify(self, tree, taps))
     Trainer(target, "sdsat", model_of(target), rows, rows, replace(CONFIG, steps=3), tmp_path).fit()
     assert asked
     assert target not in asked

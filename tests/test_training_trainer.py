@@ -276,11 +276,12 @@ def test_tensorboard_has_the_scalars(unbroken: Path) -> None:
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
 
 
-def test_a_tiny_s4c_overfits_a_tiny_corpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("taps", ["", "3,7"])
+def test_a_tiny_s4c_overfits_a_tiny_corpus(tmp_path: Path, taps: str) -> None:
     target = TinyTarget()
     rows = tiny_rows(target, 4, answer=24)
     torch.manual_seed(0)
-    model = S4CModel(target, S4CConfig(heads=2, draft_vocab=0, head_dim=4), torch.arange(23))
+    model = S4CModel(target, S4CConfig(heads=2, draft_vocab=0, head_dim=4, taps=taps), torch.arange(23))
     config = replace(
         CONFIG, steps=250, batch_tokens=400, learning_rate=1e-2, eval_every=250, save_every=250, tree="comb:1"
     )

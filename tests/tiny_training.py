@@ -6,6 +6,7 @@ can learn it whole, and greedy text is a function of the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,10 @@ VOCAB, HIDDEN, EOS = 23, 8, 2
 
 
 class TinyTarget(Target):
-    """f_t = tanh(E x_t + A E x_{t-1}), logits W f_t. It only knows how to read a text."""
+    """f_t = tanh(E x_t + A E x_{t-1}), logits W f_t, i E x_t behind layer i. It only knows how to read a text."""
 
     runtime = "torch"
+    layers = 9
 
     def __init__(self, seed: int = 0, name: str = "tiny") -> None:
         random = torch.Generator().manual_seed(seed)
@@ -35,10 +37,11 @@ class TinyTarget(Target):
         self.head = torch.randn(VOCAB, HIDDEN, generator=random) * 3
         self.prefills = 0
 
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+    def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         self.prefills += 1
         embedded = self.embedding[tokens]
-        return torch.tanh(embedded + F.pad(embedded, (0, 0, 1, 0))[:-1] @ self.mix)
+        feature = torch.tanh(embedded + F.pad(embedded, (0, 0, 1, 0))[:-1] @ self.mix)
+        return torch.cat([feature, *(tap * embedded for tap in taps)], -1)
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
         tokens = list(prompt)
@@ -49,7 +52,7 @@ class TinyTarget(Target):
 
     def reserve(self, slots: int, length: int) -> None: ...
 
-    def verify(self, tree: DraftTree) -> TargetOutput:
+    def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         raise NotImplementedError
 
     def commit(self, verdict: Verdict) -> None:

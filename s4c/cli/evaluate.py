@@ -73,7 +73,7 @@ def evaluate(
     report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree, "rule": title(rule)}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):
-        features = _features(llm, chosen)
+        features = _features(llm, chosen, llm.drafter.taps)
     with options.spinner("heads"):
         report["heads"] = None if folder is None else _heads(llm, folder, chosen, features)
     with options.spinner("simulated drafting"):
@@ -120,10 +120,10 @@ def _folder(llm: LLM, drafter: str) -> Path | None:
     return Path(first) if Path(first).is_dir() else None
 
 
-def _features(llm: LLM, rows: list[Row]) -> list[Tensor]:
+def _features(llm: LLM, rows: list[Row], taps: tuple[int, ...]) -> list[Tensor]:
     from s4c.training.features import ComputedFeatures
 
-    source = ComputedFeatures(llm.target, rows)
+    source = ComputedFeatures(llm.target, rows, taps)
     return [source(row).clone() for row in range(len(rows))]
 
 
@@ -136,6 +136,8 @@ def _heads(llm: LLM, folder: Path, rows: list[Row], features: list[Tensor]) -> d
 
     device = llm.target.device
     model = load_model(folder, llm.target, METHODS).to(device)
+    if model.taps != llm.drafter.taps:
+        features = _features(llm, rows, model.taps)
     heads = HeadAcceptance()
     for batch in batch_order([len(row) for row in rows], BATCH_TOKENS, 0, 0):
         heads.add(model, collate([rows[r] for r in batch], [features[r] for r in batch], device))

@@ -65,11 +65,15 @@ class Drafter(ABC):
     """Most rows of probes in its trees, for each sequence; with probes only passes of the target tell what it would
     draft."""
 
+    taps: tuple[int, ...] = ()
+    """Layers of the target, ascending, whose hidden states it reads beside the feature. The features that it is given
+    are [.., d (1 + taps)]: the feature itself, then these."""
+
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` tokens each; what is held stays."""
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        """Start a sequence in a slot: [n] tokens of the prompt but its last, and their features [n, d]."""
+        """Start a sequence in a slot: [n] tokens of the prompt but its last, and their features [n, d (1 + taps)]."""
 
     @abstractmethod
     def propose(self, sequences: Sequences) -> DraftTree:
@@ -88,7 +92,7 @@ class TrainingBatch:
 
     Attributes:
         tokens: [B, T] int64, prompt and answer, padded at the end.
-        features: [B, T, d] float32, the target's feature at each token.
+        features: [B, T, d (1 + taps)] float32, the target's feature at each token, and what the model taps.
         length: [B] int64, the number of tokens without padding.
         answer_start: [B] int64, the index of the first token that the target wrote itself.
     """
@@ -147,10 +151,14 @@ class DraftModel(nn.Module, ABC):
     Attributes:
         config: a dataclass of plain values; it becomes the config.json of the checkpoint.
         token_ids: [V'] int64 buffer, ascending: the target's token of each column of the drafter's logits.
+        taps: layers of the target, ascending, whose hidden states it reads beside the feature.
+        additions: names of parts that change nothing until they are trained: a model may start from one without them.
     """
 
     config: Any
     token_ids: Tensor
+    taps: tuple[int, ...] = ()
+    additions: tuple[str, ...] = ()
 
     @abstractmethod
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
@@ -165,6 +173,8 @@ class DraftModel(nn.Module, ABC):
         state = {name: value for name, value in other.state_dict().items() if name != "token_ids"}
         same_tokens = torch.equal(self.token_ids, other.token_ids)
         for name, weight in self.named_parameters():
+            if name not in state and name.startswith(self.additions):
+                continue
             if name not in state or state[name].shape != weight.shape:
                 raise ValueError(
                     f"{name} is not in the drafter to start from, or has another size; its settings differ"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from s4c.drafters.base import Drafter, Sequences
@@ -30,6 +31,7 @@ class CombinedDrafter(Drafter):
         self.default_tree = first.default_tree
         self.probes = first.probes or second.probes
         self.planned = first.planned and not self.probes
+        self.taps = tuple(sorted({*first.taps, *second.taps}))
         self._second_plan = TreePlan.parse(second.default_tree)
 
     def reserve(self, slots: int, length: int) -> None:
@@ -37,8 +39,8 @@ class CombinedDrafter(Drafter):
         self.second.reserve(slots, length)
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self.first.prefill(slot, tokens, features)
-        self.second.prefill(slot, tokens, features)
+        for drafter in (self.first, self.second):
+            drafter.prefill(slot, tokens, self._part(drafter, features))
 
     def propose(self, sequences: Sequences) -> DraftTree:
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
@@ -49,8 +51,15 @@ class CombinedDrafter(Drafter):
         return merge(tree, beside, sequences.plan.limit + max(0, tree.size - plan.nodes))
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        self.first.commit(tree, verdict, output)
-        self.second.commit(tree, verdict, output)
+        for drafter in (self.first, self.second):
+            drafter.commit(tree, verdict, replace(output, features=self._part(drafter, output.features)))
+
+    def _part(self, drafter: Drafter, features: Tensor) -> Tensor:
+        """Of features [..., d (1 + taps)] those that a drafter wants."""
+        if drafter.taps == self.taps:
+            return features
+        feature, *tapped = features.chunk(1 + len(self.taps), -1)
+        return torch.cat([feature, *(tapped[self.taps.index(tap)] for tap in drafter.taps)], -1)
 
     def move(self, source: int, destination: int) -> None:
         self.first.move(source, destination)

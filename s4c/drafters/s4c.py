@@ -9,6 +9,10 @@ cache of their own over past positions. At the root r, the last committed token,
 reads (x_r, f_{r-1}) and drafts level 1 of the tree, head 2 reads a level-1 token with h1_r and drafts level 2,
 and so on; past level H the last head goes on from its own output.
 
+The last layer's feature is made to say the next token. What else the target knows stands clearer in the layers before
+it, so head 1 may read `taps` of them as well: in place of f it then reads f + W [norm(tap 1); norm(tap 2); ...],
+where W starts as zero.
+
 The drafting is continuous: the features that the verification pass computed on the accepted path are the
 inputs of the heads at those positions. Each head takes them in with the same call that drafts, so a round
 costs one call per level, and nothing is computed twice.
@@ -65,6 +69,7 @@ class S4CConfig:
         normed_output: whether a head's output passes an RMS norm, as the target's features do.
         head_dim, intermediate: of the decoder layers; intermediate 0 means 8/3 of the hidden size.
         rope_theta: base of the rotary angles.
+        taps: layers of the target that head 1 reads beside the feature, numbers from 1 with commas between them.
         depth: levels that a tree has where none are asked for; 0 means H.
     """
 
@@ -79,6 +84,7 @@ class S4CConfig:
     intermediate: int = 0
     rope_theta: float = 10000.0
     depth: int = 0
+    taps: str = ""
 
     def __post_init__(self) -> None:
         for name in ("heads", "layers", "rank", "head_dim"):
@@ -88,6 +94,17 @@ class S4CConfig:
             raise ValueError(f"context_vocab is {self.context_vocab}; it must be 0 (none) or more")
         if self.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
+        try:
+            fine = list(self.tapped) == sorted(set(self.tapped)) and min(self.tapped, default=1) > 0
+        except ValueError:
+            fine = False
+        if not fine:
+            raise ValueError(f"taps is {self.taps!r}; it must be ascending numbers from 1, such as 8,16,24")
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """`taps` as numbers."""
+        return tuple(int(number) for number in self.taps.split(",")) if self.taps else ()
 
     def layer_shape(self, hidden: int) -> LayerShape:
         """The decoder layers of a drafter for features of the given size: one key head for three query heads."""
@@ -119,6 +136,21 @@ class S4CHead(nn.Module):
         return normed
 
 
+class Blend(nn.Module):
+    """What head 1 reads of the target, [..., d] of [..., d (1 + taps)]; it starts as the feature alone."""
+
+    def __init__(self, hidden: int, taps: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(hidden, eps=1e-5) for _ in range(taps))
+        self.mix = Linear(taps * hidden, hidden)
+        nn.init.zeros_(self.mix.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        feature, *taps = features.float().chunk(1 + len(self.norms), -1)
+        blended: Tensor = feature + self.mix(torch.cat([norm(x) for norm, x in zip(self.norms, taps, strict=True)], -1))
+        return blended
+
+
 class S4CModel(DraftModel):
     """The heads, and the LM head that they share.
 
@@ -133,10 +165,14 @@ class S4CModel(DraftModel):
     head_rows: Tensor
     down: Linear
     up: Linear
+    additions = ("blend.",)
 
     def __init__(self, target: Target, config: S4CConfig, token_ids: Tensor) -> None:
         super().__init__()
+        if max(config.tapped, default=0) >= target.layers:
+            raise ValueError(f"taps is {config.taps!r}; they must be below {target.layers}, the layers of the target")
         self.config = config
+        self.taps = config.tapped
         self.shape = config.layer_shape(target.spec.hidden_size)
         self.heads = nn.ModuleList(S4CHead(config, self.shape) for _ in range(config.heads))
         self.register_buffer("token_ids", token_ids)
@@ -152,6 +188,8 @@ class S4CModel(DraftModel):
             self.register_buffer("head_rows", head_rows, persistent=False)
         for head in self.each_head():
             _initialise(head, target.final_norm_weight())
+        if self.taps:
+            self.blend = Blend(self.shape.hidden, len(self.taps))
         self.requires_grad_(True)
 
     def each_head(self) -> Iterator[S4CHead]:
@@ -166,7 +204,7 @@ class S4CModel(DraftModel):
         device = batch.tokens.device
         rotary = Rotary(torch.arange(count, device=device)[None], self.frequencies(device))
         causal = torch.ones(1, count, count, dtype=torch.bool, device=device).tril()
-        feature = batch.features
+        feature = self.read(batch.features)
         predictions = []
         for head in self.each_head():
             x = head.entrance()(torch.cat([embedding, F.pad(feature.float(), (0, 0, 1, 0))[:, :-1]], -1))
@@ -176,6 +214,11 @@ class S4CModel(DraftModel):
             feature = head.output(x)
             predictions.append(Prediction(feature, self.logits, feature, offset=1))
         return predictions
+
+    def read(self, features: Tensor) -> Tensor:
+        """[..., d] of the target's features [..., d (1 + taps)]: what head 1 reads."""
+        blended: Tensor = self.blend(features) if self.taps else features
+        return blended
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V'] of [..., d]: the LM head."""
@@ -224,7 +267,7 @@ class _Slot:
 
     Attributes:
         tokens: accepted tokens; the root follows them, and only the next round names it.
-        features: [m, d], the target's feature one position before each of the tokens and the root.
+        features: [m, d (1 + taps)], the target's one position before each of the tokens and the root.
         carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
     """
 
@@ -252,6 +295,8 @@ class S4CDrafter(Drafter):
         self.default_tree = f"best:16x{self.default_depth + 2}"
         self.token_ids = model.token_ids.to(self.device)
         self._embedding = target.embedding_weight()
+        self.taps = model.taps
+        self._blend = copy.deepcopy(model.blend).to(self.device).eval() if self.taps else nn.Identity()
         self.lm_head = model.lm_head().to(self.device)
         native = target.runtime == "native"
         rope = Rope(model.frequencies(self.device))
@@ -265,7 +310,8 @@ class S4CDrafter(Drafter):
                 assert isinstance(layer, DecoderLayer)
                 stack.place(index, layer)
             self._stacks.append(stack)
-        pack(self.lm_head, dtype, native)
+        for part in (self.lm_head, self._blend):
+            pack(part, dtype, native)
         self._native = NativeDraft(self._stacks, self.lm_head, self._embedding, self.token_ids) if native else None
         self._select = native_top_and_total if native else None
         reduced = self.token_ids.shape[0] < target.spec.vocab_size and self.config.lm_head == "tied"
@@ -283,15 +329,16 @@ class S4CDrafter(Drafter):
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
-        before = F.pad(features.float(), (0, 0, 1, 0))
-        state = _Slot([], before[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
+        wide = F.pad(features.float(), (0, 0, 1, 0))
+        before = self._blend(wide)
+        state = _Slot([], wide[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
             rows = Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
             self._settle([state], rows.counts, self._carry(rows, outputs), slot)
-        state.features = before[-1:]
+        state.features = wide[-1:]
         self._slots[slot] = state
         if self._context is not None:
             self._context.start(slot, tokens.tolist())
@@ -360,14 +407,14 @@ class S4CDrafter(Drafter):
             self._context.move(source, destination)
 
     def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[Rows, Tensor]:
-        """The committed rows of a round, and the target's features that head 1 reads there, [B, M, d]."""
+        """The committed rows of a round, and what head 1 reads of the target there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
         if self._context is not None:
             for slot, line in enumerate(lines):
                 self._context.add(slot, line)
         rows = Rows.of(lines, self.device)
         features = torch.stack([F.pad(s.features, (0, 0, 0, rows.text - s.features.shape[0])) for s in states])
-        return rows, features
+        return rows, self._blend(features)
 
     def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.

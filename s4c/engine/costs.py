@@ -296,7 +296,7 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
     for part in (target, drafter):
         part.reserve(1, len(line) + room)
     prompt = torch.tensor(line[:-1], device=target.device)
-    drafter.prefill(0, prompt, target.prefill(0, prompt))
+    drafter.prefill(0, prompt, target.prefill(0, prompt, drafter.taps))
     params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel())
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
@@ -309,7 +309,7 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
             drafter.propose(Sequences([line], root, position, scores, False, plan))
             times[levels].append(now(target) - started)
             plain = root_only(root)
-            output = target.verify(plain)
+            output = target.verify(plain, drafter.taps)
             verdict = coupled(plain, output, scores)
             target.commit(verdict)
             drafter.commit(plain, verdict, output)

@@ -69,7 +69,7 @@ class Engine:
         with timer.step("draft"):
             tree = self.planner.prune(self.drafter.propose(sequences))
         with timer.step("verify"):
-            output = self.target.verify(tree)
+            output = self.target.verify(tree, self.drafter.taps)
         with timer.step("judge"):
             verdict = self._judge(tree, output, sequences.scores, running)
             logprobs = self._logprobs(tree, output, verdict, sequences.scores)
@@ -107,7 +107,7 @@ class Engine:
         self.target.reserve(slots, limit + self.planner.pool)
         self.drafter.reserve(slots, limit + self.planner.pool)
         tokens = torch.tensor(sequence.prompt[:-1], dtype=torch.int64, device=self.target.device)
-        features = self.target.prefill(sequence.slot, tokens)
+        features = self.target.prefill(sequence.slot, tokens, self.drafter.taps)
         self.drafter.prefill(sequence.slot, tokens, features)
         sequence.stats.prefill_seconds = time.perf_counter() - started
 

@@ -8,6 +8,7 @@ token but the last one: that one is the root of the next draft tree, and its own
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,28 +56,32 @@ class Target(ABC):
     weight_bytes: int
     """Bytes of weights that every pass reads."""
 
+    layers: int
+    """Its decoder layers."""
+
     @abstractmethod
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` sequences of `length` cache rows each; what is cached stays."""
 
     @abstractmethod
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+    def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         """Put a prompt into an empty slot, whatever the slot held before.
 
         Args:
             slot: index of the slot.
             tokens: [n] int64, n >= 0: the prompt without its last token, which is the first root.
+            taps: numbers of layers, ascending, from 1 to `layers` - 1.
 
         Returns:
-            [n, d], the feature at each of the tokens.
+            [n, d (1 + taps)]: the feature at each of the tokens, then the hidden states behind so many layers.
         """
 
     @abstractmethod
-    def verify(self, tree: DraftTree) -> TargetOutput:
+    def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         """One forward pass over a draft tree for the sequences in slots 0 .. B - 1.
 
         Each node sees the committed tokens of its sequence, its ancestors and itself. The cached length of
-        no slot changes.
+        no slot changes. With `taps`, as for `prefill`, the features are as wide as there.
         """
 
     @abstractmethod

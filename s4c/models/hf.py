@@ -78,6 +78,7 @@ class HFTarget(Target):
         self.spec = replace(spec, vocab_size=vocab_size, hidden_size=hidden_size)
         self.device = model.device
         self.dtype = model.dtype
+        self.layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         self._slots: list[_Slot] = []
         self._check()
@@ -110,21 +111,21 @@ class HFTarget(Target):
     def reserve(self, slots: int, length: int) -> None:
         self._slots += [_Slot() for _ in range(slots - len(self._slots))]
 
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+    def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         state = self._slots[slot] = _Slot()
-        features = [torch.empty(0, self.spec.hidden_size, dtype=self.dtype, device=self.device)]
+        features = [torch.empty(0, self.spec.hidden_size * (1 + len(taps)), dtype=self.dtype, device=self.device)]
         self._want_logits = False
         try:
             for first in range(0, tokens.shape[0], PREFILL_CHUNK):
                 chunk = tokens[first : first + PREFILL_CHUNK].to(self.device)
                 positions = first + torch.arange(chunk.shape[0], device=self.device)
-                features.append(self._pass(chunk, positions, None, state.cache)[1])
+                features.append(self._pass(chunk, positions, None, state.cache, taps)[1])
                 state.length += chunk.shape[0]
         finally:
             self._want_logits = True
         return torch.cat(features)
 
-    def verify(self, tree: DraftTree) -> TargetOutput:
+    def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         visible = trees.ancestors(tree.parents)
         rows = []
         for slot, (tokens, sees) in enumerate(zip(tree.tokens, visible, strict=True)):
@@ -133,7 +134,7 @@ class HFTarget(Target):
             # A node past the context is cut by the engine whatever it holds; it only needs a position that exists.
             positions = (state.length + sees.sum(-1) - 1).clamp(max=self.spec.context_length - 1)
             seen = torch.cat([sees.new_ones(tree.size, state.length), sees], 1)
-            rows.append(self._pass(tokens, positions, seen, state.cache))
+            rows.append(self._pass(tokens, positions, seen, state.cache, taps))
         logits, features = zip(*rows, strict=True)
         return TargetOutput(torch.stack(logits), torch.stack(features))
 
@@ -176,7 +177,9 @@ class HFTarget(Target):
         return arguments if self._want_logits else (arguments[0][:, -1:], *arguments[1:])
 
     @torch.no_grad()
-    def _pass(self, tokens: Tensor, positions: Tensor, seen: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+    def _pass(
+        self, tokens: Tensor, positions: Tensor, seen: Tensor | None, cache: Any, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """One forward pass of one sequence.
 
         Args:
@@ -184,9 +187,10 @@ class HFTarget(Target):
             positions: [n] int64.
             seen: [n, m] bool, which of the cached and the new rows a token sees; None for the usual causal mask.
             cache: takes in n rows; None for none.
+            taps: numbers of layers behind which the hidden states are wanted too.
 
         Returns:
-            logits [n, V] float32 (the last row alone in a prefill) and features [n, d].
+            logits [n, V] float32 (the last row alone in a prefill) and features [n, d (1 + taps)].
         """
         mask = None
         if seen is not None:
@@ -199,11 +203,12 @@ class HFTarget(Target):
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            **({"output_hidden_states": True} if taps else {}),
         )
         features = self._features
         if features is None or features.shape[:2] != (1, tokens.shape[0]):
             raise UnsupportedModel(f"{self.spec.name} does not put its hidden states through its LM head")
-        return output.logits[0].float(), features[0]
+        return output.logits[0].float(), torch.cat([features[0], *(output.hidden_states[t][0] for t in taps)], -1)
 
     def _check(self) -> None:
         """Hold a small tree, and what follows its commit, against plain passes.

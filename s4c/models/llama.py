@@ -7,7 +7,7 @@ what is built like them, SmolLM2 for one. `HFTarget` is the oracle that this fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,22 +176,23 @@ class LlamaTarget(Target):
         return self._stack.lengths[slot]
 
     @torch.no_grad()
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+    def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         self._stack.reserve(slot + 1, tokens.shape[0])
         self._stack.lengths[slot] = 0
-        features = [torch.empty(0, self.spec.hidden_size, device=self.device)]
+        features = [torch.empty(0, self.spec.hidden_size * (1 + len(taps)), device=self.device)]
         for chunk in tokens.to(self.device).split(PREFILL_CHUNK) if tokens.shape[0] else ():
             count = chunk.shape[0]
             chain = torch.arange(-1, count - 1, device=self.device)[None]
-            features.append(self._stack.run(self._embedding[chunk][None], chain, slot)[0])
+            features.append(self._stack.run(self._embedding[chunk][None], chain, slot, taps=taps)[0])
             self._stack.keep(slot, list(range(count)))
         return torch.cat(features)
 
     @torch.no_grad()
-    def verify(self, tree: DraftTree) -> TargetOutput:
+    def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         x, adapted = self._embed(tree.tokens)
-        features = self._stack.run(x, tree.parents, adapted=adapted)
-        return TargetOutput(logits=self.head(features).float(), features=features)
+        features = self._stack.run(x, tree.parents, adapted=adapted, taps=taps)
+        logits = self.head(features[..., : self.spec.hidden_size]).float()
+        return TargetOutput(logits, features)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, AdaptedRows | None]:
         """[B, N, d] of a tree's tokens, and which of its rows are adaptive; None where no row is."""

@@ -7,6 +7,7 @@ then keeps those of an accepted path. What was not kept is overwritten by the ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,13 @@ class Stack(ABC):
 
     @abstractmethod
     def run(
-        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+        self,
+        x: Tensor,
+        parents: Tensor,
+        first_slot: int = 0,
+        pending: int = 0,
+        adapted: AdaptedRows | None = None,
+        taps: Sequence[int] = (),
     ) -> Tensor:
         """Append the rows of a pass and run the layers.
 
@@ -86,9 +93,10 @@ class Stack(ABC):
                 uncommitted rows from parent to parent.
             pending: uncommitted rows of earlier calls that still stand in each slot.
             adapted: the adapter of the pass and its rows [B, N].
+            taps: numbers of layers, ascending from 1, behind which the residual stream is given as well.
 
         Returns:
-            [B, N, d] float32.
+            [B, N, d (1 + taps)] float32: what the layers give, then what was tapped.
         """
 
     @abstractmethod
@@ -132,7 +140,13 @@ class TorchStack(Stack):
         self._cache.reserve(slots, length)
 
     def run(
-        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+        self,
+        x: Tensor,
+        parents: Tensor,
+        first_slot: int = 0,
+        pending: int = 0,
+        adapted: AdaptedRows | None = None,
+        taps: Sequence[int] = (),
     ) -> Tensor:
         batch, count, _ = x.shape
         visible = ancestors(parents)[:, pending:]
@@ -141,10 +155,13 @@ class TorchStack(Stack):
         rotary = Rotary(positions, self._rope.frequencies, self._rope.scaling)
         mask = grouped_mask(view.mask(visible), self._shape, self._dtype)
         x = x.float() if self._join is None else self._join(x)
+        tapped = []
         for index in range(len(self._layers)):
             terms = NO_TERMS if adapted is None else adapted.terms(index)
             x = self._layers[index](x, rotary, mask, view, index, terms)
-        return x if self._norm is None else self._norm(x)
+            if index + 1 in taps:
+                tapped.append(x)
+        return torch.cat([x if self._norm is None else self._norm(x), *tapped], -1)
 
     def keep(self, slot: int, rows: list[int]) -> None:
         self._cache.keep(slot, rows)

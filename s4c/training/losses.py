@@ -91,7 +91,7 @@ class Lesson:
         if wanted is not None:
             counts &= wanted
         row, position = counts.nonzero(as_tuple=True)
-        feature = batch.features[row, position]
+        feature = batch.features[row, position, : head.shape[1]]
         law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
         return cls(row, position, columns_of(batch.tokens[row, position + 1], token_ids), law, feature)
 

@@ -107,7 +107,7 @@ def simulate(
         tree = drafter.propose(sequences)
         verdict, output = _judge(tree, running, sequences.positions)
         if passes is not None:
-            output = passes.verify(tree)
+            output = passes.verify(tree, drafter.taps)
             passes.commit(verdict)
         drafter.commit(tree, verdict, output)
         committed = _count(result, running, verdict)

@@ -278,7 +278,7 @@ class Trainer:
         self.started = time.monotonic() - self.standing.seconds
 
     def _features(self, rows: Sequence[Row]) -> FeatureSource:
-        return open_features(self.config.features, self.cache, rows, self.target)
+        return open_features(self.config.features, self.cache, rows, self.target, self.model.taps)
 
     def _same(self, saved: dict[str, Any]) -> None:
         present = json.loads(json.dumps(self.identity))

@@ -115,11 +115,13 @@ struct Model {
         cache = {keys.data(), values.data(), SLOTS, ROWS, kind != FLOAT32};
     }
 
-    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0, const uint8_t* adapted = nullptr) const {
-        Floats out(x.size());
+    Floats run(const Floats& x, int batch, int first_slot, const Parents& parents, int pending = 0, const uint8_t* adapted = nullptr,
+               const std::vector<int32_t>& taps = {}) const {
+        Floats out(x.size() * (1 + taps.size()));
         int count = static_cast<int>(x.size()) / shape.hidden / batch;
         CHECK(parents.size() == static_cast<size_t>(batch * (pending + count)));
-        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data(), adapted) == 0);
+        CHECK(s4c_pass(&stack, &cache, x.data(), out.data(), batch, count, pending, first_slot, &lengths[static_cast<size_t>(first_slot)], parents.data(), adapted,
+                       taps.data(), static_cast<int>(taps.size())) == 0);
         return out;
     }
 

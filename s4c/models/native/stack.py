@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,13 @@ class NativeStack(Stack):
         self.lengths += [0] * (slots - len(self.lengths))
 
     def run(
-        self, x: Tensor, parents: Tensor, first_slot: int = 0, pending: int = 0, adapted: AdaptedRows | None = None
+        self,
+        x: Tensor,
+        parents: Tensor,
+        first_slot: int = 0,
+        pending: int = 0,
+        adapted: AdaptedRows | None = None,
+        taps: Sequence[int] = (),
     ) -> Tensor:
         batch, count, width = x.shape
         slots = slice(first_slot, first_slot + batch)
@@ -98,7 +105,7 @@ class NativeStack(Stack):
         assert parents.dtype == torch.int64
         lengths = (ctypes.c_int32 * batch)(*self.lengths[slots])
         rows = None if adapted is None else self._adapt(adapted)
-        out = torch.empty(batch, count, self._shape.hidden)
+        out = torch.empty(batch, count, self._shape.hidden * (1 + len(taps)))
         status = library.core().s4c_pass(
             ctypes.byref(self.c_stack),
             ctypes.byref(self.c_cache),
@@ -111,6 +118,8 @@ class NativeStack(Stack):
             lengths,
             parents.data_ptr(),
             None if rows is None else rows.data_ptr(),
+            (ctypes.c_int32 * len(taps))(*taps),
+            len(taps),
         )
         library.check(status)
         return out

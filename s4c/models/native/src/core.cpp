@@ -283,7 +283,8 @@ int s4c_threads() {
 }
 
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted) {
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted, const int32_t* taps,
+             int tap_count) {
     return guarded([&](Core& c) {
         read_rows(c, batch, count, pending, first_slot, lengths, parents);
         size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
@@ -311,6 +312,8 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
         s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
         s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
         s.adapted = adapted;
+        s.taps = taps;
+        s.tap_count = tap_count;
         s.inner_stride = rank;
         s.inner = c.inner.get<float>(n * rank);
         Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};

@@ -128,6 +128,8 @@ struct Scratch {
                       // queries and their weights once more, 16 rows each
     const uint8_t* adapted;  // [count], whether a row has low-rank terms; or null
     float* inner;            // [count, inner_stride], x A^T of the product at hand
+    const int32_t* taps;     // [tap_count] ascending: behind so many layers the residual stream is given out as well
+    int32_t tap_count;
     size_t wide_stride, input_stride, score_stride, row_scores, inner_stride;
 };
 
@@ -193,9 +195,12 @@ int s4c_threads();
 
 // x [batch * count, hidden] (twice that with a join) through the layers of a stack, appended to slots first_slot ... of
 // the cache behind `pending` uncommitted rows. parents [batch, pending + count]: the uncommitted row before each, -1
-// where the committed ones end. adapted [batch * count]: whether a row has low-rank terms; or null.
+// where the committed ones end. adapted [batch * count]: whether a row has low-rank terms; or null. taps [tap_count],
+// ascending from 1 to the layers of the stack. out [batch * count, (1 + tap_count) * hidden]: what the layers give, then
+// the residual stream behind so many layers.
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
-             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted);
+             int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted, const int32_t* taps,
+             int tap_count);
 
 // out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out);

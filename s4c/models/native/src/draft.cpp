@@ -167,7 +167,7 @@ class Drafting {
                 std::copy_n(input(head, b, row, again), hidden_, pair + hidden_);
             }
         }
-        if (s4c_pass(heads_.stack[head], heads_.cache[head], x.data(), out.data(), batch_, count, begin, 0, round_.lengths, parents.data(), nullptr))
+        if (s4c_pass(heads_.stack[head], heads_.cache[head], x.data(), out.data(), batch_, count, begin, 0, round_.lengths, parents.data(), nullptr, nullptr, 0))
             throw std::bad_alloc();
         append(outputs_[static_cast<size_t>(head)], out);
     }

@@ -796,9 +796,21 @@ struct Tiles {
 #endif
 };
 
+// Rows [count] of the residual stream into part `part` of what a pass gives, normed where there is a weight.
+void give(const Stack& stack, const Rows& rows, const Scratch& s, int part, const float* norm, float* out, const Team& team) {
+    size_t hidden = static_cast<size_t>(stack.hidden), wide = hidden * static_cast<size_t>(1 + s.tap_count);
+    Span mine = share(rows.count, team);
+    for (int r = mine.begin; r < mine.end; r++) {
+        const float* x = s.x + hidden * static_cast<size_t>(r);
+        float* y = out + wide * static_cast<size_t>(r) + hidden * static_cast<size_t>(part);
+        if (norm) norm_row(x, norm, stack.hidden, stack.eps, y);
+        else std::memcpy(y, x, sizeof(float) * hidden);
+    }
+}
+
 template <class Place>
-void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
-    int n = rows.count;
+void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s, float* out, const Team& team) {
+    int n = rows.count, tap = 0;
     size_t hidden = static_cast<size_t>(stack.hidden);
     for (int index = 0; index < stack.layers; index++) {
         const Layer& layer = stack.layer[index];
@@ -814,6 +826,7 @@ void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s
         product(layer.gate_up, n, s, Into::SWIGLU, s.wide, s.wide_stride, team);
         prepare(layer.down, s.wide, s.wide_stride, n, s, team);
         product(layer.down, n, s, Into::ADD, s.x, hidden, team);
+        if (tap < s.tap_count && s.taps[tap] == index + 1) give(stack, rows, s, ++tap, nullptr, out, team);
     }
 }
 
@@ -842,16 +855,9 @@ void pass(const Stack& stack, const Cache& cache, const Rows& rows, const float*
     Tiles tiles;
     enter(stack, x, rows.count, s, team);
     turn_angles(stack, rows, s, team);
-    if (cache.half) layers<HalfRows>(stack, cache, rows, s, team);
-    else layers<FloatRows>(stack, cache, rows, s, team);
-    Span mine = share(rows.count, team);
-    size_t hidden = static_cast<size_t>(stack.hidden);
-    for (int r = mine.begin; r < mine.end; r++) {
-        const float* last = s.x + hidden * static_cast<size_t>(r);
-        float* y = out + hidden * static_cast<size_t>(r);
-        if (stack.final_norm) norm_row(last, stack.final_norm, stack.hidden, stack.eps, y);
-        else std::memcpy(y, last, sizeof(float) * hidden);
-    }
+    if (cache.half) layers<HalfRows>(stack, cache, rows, s, out, team);
+    else layers<FloatRows>(stack, cache, rows, s, out, team);
+    give(stack, rows, s, 0, stack.final_norm, out, team);
 }
 
 void linear(const Linear& layer, const float* x, int count, Scratch& s, float* out, Team team) {
