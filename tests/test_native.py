@@ -29,7 +29,7 @@ from s4c import LLM, SamplingParams
 from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
 from s4c.models.loading import choose_runtime, load_config, load_target
 from s4c.models.native import library
-from s4c.models.native.linear import NativeLinear
+from s4c.models.native.linear import NativeLinear, quantise
 from s4c.models.native.rows import native_highest, native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
 from s4c.verify.scores import highest
@@ -151,22 +151,35 @@ def test_a_product_in_int8_is_its_formula_bit_by_bit(name: str) -> None:
             x = random((1, 2, 5, 6, 7, 13, 40)[index % 7], inputs, seed=2)
             x[0] *= 1e3 * (index % 3)
             product = NativeLinear(weight, bias if index % 2 else None, torch.int8)
-            expected = int8_product(weight.numpy(), x.numpy()) + (bias.numpy() if index % 2 else np.float32(0))
+            values, scale = quantise(weight)
+            expected = int8_product(values, scale, x) + (bias.numpy() if index % 2 else np.float32(0))
             assert np.array_equal(product(x).numpy(), expected), (inputs, outputs)
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            assert ((product.dense() - weight).abs() <= 0.5001 * scale).all()
+            # Each weight that was spread is off by half a step at most, and spreading back keeps their length.
+            error, most = (product.dense() - weight).norm(dim=1), 0.5 * scale * values.shape[1] ** 0.5
+            assert (error <= 1.001 * 8 * most).all()
+            some = torch.tensor([outputs - 1, 0])
+            torch.testing.assert_close(product.rows(some), product.dense()[some])
 
 
-def int8_product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Weights with a scale for each output, inputs with one for each row, an integer product, one multiplication."""
-    limit = np.float32(127)
-    weight_scale = np.abs(weight).max(1) / limit
-    top = np.abs(x).max(1)
+def int8_product(values: Tensor, scale: Tensor, x: Tensor) -> np.ndarray:
+    """Spread weights and inputs with a scale for each output and each row, an integer product, a factor."""
+    rows, limit = spread(x.numpy()), np.float32(127)
+    top = np.abs(rows).max(1)
     inverse = np.divide(limit, top, out=np.zeros_like(top), where=top > 0)
-    integers = np.rint(x * inverse[:, None]).astype(np.int64)
-    weights = np.rint(weight / np.maximum(weight_scale, np.float32(1e-30))[:, None]).astype(np.int64)
-    product: np.ndarray = (integers @ weights.T).astype(np.float32) * ((top / limit)[:, None] * weight_scale)
-    return product
+    integers = np.rint(rows * inverse[:, None]).astype(np.int64)
+    product = (integers @ values.numpy().astype(np.int64).T).astype(np.float32)
+    whole: np.ndarray = product * ((top / limit)[:, None] * scale.numpy())
+    return whole
+
+
+def spread(x: np.ndarray) -> np.ndarray:
+    """[n, m'] of [n, m]: zeros to whole blocks of 64, and each times the Hadamard matrix, in the kernel's order."""
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
+    blocks = x.reshape(len(x), -1, 64)
+    for stride in (1, 2, 4, 8, 16, 32):
+        pairs = blocks.reshape(len(x), -1, 64 // (2 * stride), 2, stride)
+        blocks = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
+    return blocks.reshape(len(x), -1)
 
 
 @each_set

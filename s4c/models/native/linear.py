@@ -3,6 +3,11 @@
     [outputs / 16][inputs / P][16][P]      P inputs of a kind side by side: 1 (fp32), 2 (bf16), 4 (int8)
 
 int8 is symmetric, with a scale for each output; inputs are quantised row by row in the kernel.
+
+One large number among many small ones would leave the others few steps of a scale. So each block of 64 inputs is
+multiplied by the Hadamard matrix H before, and each block of weights too, which spreads what stands out and leaves the
+product as it was: w x = (w H / 64) (H x), for H H = 64. (The idea is that of QuIP, arXiv 2307.13304, and of QuaRot,
+arXiv 2404.00456.)
 """
 
 from __future__ import annotations
@@ -35,10 +40,25 @@ class _Format:
 _FORMATS = {torch.float32: _Format(0, 1, 1), torch.bfloat16: _Format(1, 2, 32), torch.int8: _Format(2, 4, 64)}
 
 
+SPREAD = 64
+"""Inputs of int8 that are spread over one another."""
+
+
+def spread(x: Tensor) -> Tensor:
+    """[O, I'] float32: the blocks of x [O, I], with zeros behind it to whole ones, times H."""
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < SPREAD:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    padded = F.pad(x.float(), (0, -x.shape[1] % SPREAD))
+    blocks: Tensor = padded.unflatten(1, (-1, SPREAD)) @ hadamard
+    return blocks.flatten(1)
+
+
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[O, I] int8 and [O] float32: w is about values * scale, row by row."""
-    scale = weight.float().abs().amax(1) / 127
-    values = (weight.float() / scale.clamp(min=1e-30)[:, None]).round()
+    """[O, I'] int8 and [O] float32: the spread weights are about 64 * values * scale, row by row."""
+    weight = spread(weight) / SPREAD
+    scale = weight.abs().amax(1) / 127
+    values = (weight / scale.clamp(min=1e-30)[:, None]).round()
     return values.to(torch.int8), scale
 
 
@@ -100,8 +120,8 @@ class NativeLinear:
             self._sums = _blocks(weight.sum(1, dtype=torch.int32), pair).contiguous()
         self._bias = None if bias is None else _blocks(bias.detach().float(), pair).contiguous()
         rows = _blocks(weight.detach().to(dtype), pair)
-        if padded > inputs:
-            rows = F.pad(rows, (0, padded - inputs))
+        if padded > rows.shape[1]:
+            rows = F.pad(rows, (0, padded - rows.shape[1]))
         blocks = rows.view(-1, BLOCK, padded // form.together, form.together).transpose(1, 2)
         self._packed = _ARENA.empty(blocks.shape, dtype).copy_(blocks)
         pointers = (self._packed, self._scale, self._sums, self._bias)
@@ -120,14 +140,18 @@ class NativeLinear:
     def rows(self, rows: Tensor) -> Tensor:
         """[R, inputs], some rows of `dense`."""
         assert not self._pair
-        chosen = self._packed[rows // BLOCK, :, rows % BLOCK].flatten(1)[:, : self.shape[1]]
-        return chosen if self._scale is None else chosen * self._scale[rows, None]
+        return self._weights(self._packed[rows // BLOCK, :, rows % BLOCK].flatten(1), rows)
 
     def dense(self) -> Tensor:
         """[outputs, inputs], the weight that the products are of, in float32 for int8."""
         assert not self._pair
-        rows = self._packed.transpose(1, 2).flatten(2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
-        return rows if self._scale is None else rows * self._scale[: self.shape[0], None]
+        packed = self._packed.transpose(1, 2).flatten(2).flatten(0, 1)[: self.shape[0]]
+        return self._weights(packed, torch.arange(self.shape[0]))
+
+    def _weights(self, packed: Tensor, rows: Tensor) -> Tensor:
+        """[R, inputs] of the packed numbers [R, padded] of some rows."""
+        weights = packed if self._scale is None else spread(packed * self._scale[rows, None])
+        return weights[:, : self.shape[1]]
 
 
 class NativeGrowing:

@@ -64,27 +64,38 @@ inline void to_bf16_row(const float* x, int size, int full, float* out) {
 using Half = float;
 #endif
 
-// Symmetric int8 with a scale of the row's own, which is NaN where an input is NaN or infinite.
-inline float to_int8_row(const float* x, int size, int full, int8_t* out) {
-    vf most = zero(), nothing = zero();
-    float buffer[LANES];
-    auto part = [&](int i) {
-        if (i + LANES <= size) return load(x + i);
+constexpr int SPREAD = 64;  // inputs of int8 that are spread over one another, see linear.py
+
+// A block of inputs times the Hadamard matrix of that size; zeros stand behind the last input.
+inline void spread(const float* x, int count, vf* out) {
+    float buffer[SPREAD];
+    if (count < SPREAD) {
         std::memset(buffer, 0, sizeof(buffer));
-        std::memcpy(buffer, x + i, sizeof(float) * static_cast<size_t>(size - i));
-        return load(buffer);
+        std::memcpy(buffer, x, sizeof(float) * static_cast<size_t>(count));
+        x = buffer;
+    }
+    vf v[4];
+    for (int i = 0; i < 4; i++) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i * LANES)))));
+    vf a = add(v[0], v[1]), b = sub(v[0], v[1]), c = add(v[2], v[3]), d = sub(v[2], v[3]);
+    out[0] = add(a, c), out[1] = add(b, d), out[2] = sub(a, c), out[3] = sub(b, d);
+}
+
+// Symmetric int8 of the spread inputs with a scale of the row's own, which is NaN where an input is NaN or infinite.
+inline float to_int8_row(const float* x, int size, int8_t* out) {
+    vf most = zero(), nothing = zero(), block[4];
+    auto blocks = [&](auto use) {
+        for (int i = 0; i < size; i += SPREAD) {
+            spread(x + i, size - i < SPREAD ? size - i : SPREAD, block);
+            for (int j = 0; j < 4; j++) use(i + j * LANES, block[j]);
+        }
     };
-    for (int i = 0; i < size; i += LANES) {
-        vf values = part(i);
+    blocks([&](int, vf values) {
         most = maximum(most, absolute(values));
         nothing = fma(values, zero(), nothing);
-    }
+    });
     float top = max_lanes(most) + sum_lanes(nothing);
     float inverse = top > 0 ? 127.0f / top : 0.0f;
-    for (int i = 0; i < full; i += LANES) {
-        store(buffer, i < size ? nearest(mul(part(i), set1(inverse))) : zero());
-        for (int j = 0; j < LANES && i + j < full; j++) out[i + j] = static_cast<int8_t>(buffer[j]);
-    }
+    blocks([&](int i, vf values) { store_bytes(out + i, nearest(mul(values, set1(inverse)))); });
     return top / 127.0f;
 }
 
@@ -110,7 +121,7 @@ void prepare_row(const Linear& linear, const float* x, int row, Scratch& s) {
     } else if (linear.kind == BFLOAT16) {
         to_bf16_row(x, linear.inputs, linear.padded, reinterpret_cast<Half*>(out));
     } else {
-        s.scales[row] = to_int8_row(x, linear.inputs, linear.padded, reinterpret_cast<int8_t*>(out));
+        s.scales[row] = to_int8_row(x, linear.inputs, reinterpret_cast<int8_t*>(out));
     }
     if (const LowRank* term = term_of(linear, row, s)) {
         float* inner = s.inner + s.inner_stride * static_cast<size_t>(row);

@@ -43,11 +43,24 @@ inline vf odd_halves(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// Pairs of lanes that are STRIDE apart become their sum and their difference.
+template <int STRIDE>
+inline vf butterfly(vf x) {
+    vf other = STRIDE == 8   ? _mm512_shuffle_f32x4(x, x, 0x4e)
+               : STRIDE == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1)
+               : STRIDE == 2 ? _mm512_permute_ps(x, 0x4e)
+                             : _mm512_permute_ps(x, 0xb1);
+    constexpr __mmask16 second = STRIDE == 8 ? 0xff00 : STRIDE == 4 ? 0xf0f0 : STRIDE == 2 ? 0xcccc : 0xaaaa;
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, other), second, other, x);
+}
+
 using vi = __m512i;
 
 inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
 inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+// Whole numbers from -127 to 127; NaN becomes any number.
+inline void store_bytes(int8_t* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 #if defined(__AVX512VNNI__)
 // The inputs go in as x + 128, for the instruction multiplies unsigned by signed bytes.
 inline vi first_sums(const int32_t* weight_sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(load(weight_sums), 7)); }
@@ -109,6 +122,19 @@ inline vf odd_halves(const uint16_t* p) {
     return {_mm256_castsi256_ps(_mm256_and_si256(load_8(p), mask)), _mm256_castsi256_ps(_mm256_and_si256(load_8(p + 16), mask))};
 }
 
+template <int STRIDE>
+inline __m256 butterfly(__m256 x) {
+    __m256 other = STRIDE == 4 ? _mm256_permute2f128_ps(x, x, 0x01) : STRIDE == 2 ? _mm256_permute_ps(x, 0x4e) : _mm256_permute_ps(x, 0xb1);
+    constexpr int second = STRIDE == 4 ? 0xf0 : STRIDE == 2 ? 0xcc : 0xaa;
+    return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x), second);
+}
+// Pairs of lanes that are STRIDE apart become their sum and their difference.
+template <int STRIDE>
+inline vf butterfly(vf x) {
+    if constexpr (STRIDE == 8) return {_mm256_add_ps(x.a, x.b), _mm256_sub_ps(x.a, x.b)};
+    else return {butterfly<STRIDE>(x.a), butterfly<STRIDE>(x.b)};
+}
+
 struct vi {
     __m256i a, b;
 };
@@ -119,6 +145,13 @@ inline void store(int32_t* p, vi x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
 inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+// Whole numbers from -127 to 127; NaN becomes any number.
+inline void store_bytes(int8_t* p, vf x) {
+    __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    __m256i words = _mm256_permute4x64_epi64(pairs, 0xd8);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline vi first_sums(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // |w| times x with the sign of w: pairs of products stay within 16 bits, for no weight is -128.
 inline __m256i add_products(__m256i weights, __m256i x, __m256i sums) {
@@ -167,6 +200,12 @@ inline vf times_power_of_two(const vf& a, const vf& n) {
 inline vf even_halves(const uint16_t* p) { return each([=](int i) { return bf16_value(p[2 * i]); }); }
 inline vf odd_halves(const uint16_t* p) { return each([=](int i) { return bf16_value(p[2 * i + 1]); }); }
 
+// Pairs of lanes that are STRIDE apart become their sum and their difference.
+template <int STRIDE>
+inline vf butterfly(const vf& x) {
+    return each([&](int i) { return i & STRIDE ? x.lane[i - STRIDE] - x.lane[i] : x.lane[i] + x.lane[i + STRIDE]; });
+}
+
 struct vi {
     int32_t lane[LANES];
 };
@@ -178,6 +217,10 @@ inline vi load(const int32_t* p) {
 }
 inline void store(int32_t* p, const vi& x) { std::memcpy(p, x.lane, sizeof(x.lane)); }
 inline vf to_float(const vi& x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
+// Whole numbers from -127 to 127; NaN becomes any number.
+inline void store_bytes(int8_t* p, const vf& x) {
+    for (int i = 0; i < LANES; i++) p[i] = std::isnan(x.lane[i]) ? int8_t{0} : static_cast<int8_t>(x.lane[i]);
+}
 inline vi first_sums(const int32_t*) { return {}; }
 inline vi add_products(const vi& weights, int32_t four, vi sums) {
     int8_t w[4 * LANES], x[4];
