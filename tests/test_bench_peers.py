@@ -154,6 +154,8 @@ def server(llm: LLM) -> Iterator[str]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/completions":  # llama-server's own protocol
+                return self._send(b'data: {"content": "a", "stop": true}\n\n')
             assert (body["model"], body["stream"]) == ("tiny", True)
             params = SamplingParams(max_new_tokens=body["max_tokens"], temperature=body["temperature"])
             events = []
@@ -187,6 +189,8 @@ def test_a_server_answers_by_tokens_and_is_counted_by_ours(llm: LLM, setting: Se
     reply = peer.answer(prompt(llm), GREEDY)
     assert reply.token_ids == llm.tokenizer.encode(text)
     assert reply.memory is None
+    with pytest.raises(OSError, match="without `choices`; give the server's URL up to /v1"):
+        peer_named(f"openai={server.removesuffix('/v1')}", setting).answer(prompt(llm), GREEDY)
     with pytest.raises(Unavailable, match="no server answers at"):
         peer_named("openai=http://127.0.0.1:9/v1", setting)
     with pytest.raises(Unavailable, match="needs a server's URL"):

@@ -46,8 +46,16 @@ class KVCache:
 
     def view(self, slots: slice, count: int, pending: int = 0) -> CacheView:
         """Open the cache for a pass that appends `count` rows to each slot, behind `pending` uncommitted ones."""
-        self.reserve(slots.stop, max(self.lengths[slots]) + pending + count)
-        return CacheView(self, slots, count, pending)
+        lengths = self.lengths[slots]
+        end = max(lengths) + pending + count
+        self.reserve(slots.stop, end)
+        level = lengths[0] + pending if len(set(lengths)) == 1 else None
+        held = torch.tensor(lengths, device=self.device)
+        return CacheView(self.data[:, :, slots], held, count, pending, end, level)
+
+    def fixed_view(self, slots: slice, lengths: Tensor, count: int, pending: int, end: int) -> CacheView:
+        """`view` for a pass that is to be recorded: the device alone knows the lengths [B], and `end` rows are read."""
+        return CacheView(self.data[:, :, slots], lengths, count, pending, end)
 
     def keep(self, slot: int, rows: list[int]) -> None:
         """Commit appended rows of a slot: ascending, counted from the first appended one."""
@@ -67,21 +75,26 @@ class KVCache:
 class CacheView:
     """The cache as one pass sees it.
 
-    Attributes:
+    Args:
+        data: [layers, 2, B, heads, rows, head_dim], the cache of its slots.
         lengths: [B] int64, the committed rows of each slot.
-        end: number of rows that the pass reads: the longest slot, the pending and the appended rows.
+        count: rows that are appended.
+        pending: uncommitted rows before them.
+        end: number of rows that the pass reads, at least those of the longest slot, pending and appended ones included.
+        level: where the new rows of all slots begin; None where they begin in different places, or nobody knows.
     """
 
-    def __init__(self, cache: KVCache, slots: slice, count: int, pending: int) -> None:
-        lengths = cache.lengths[slots]
-        self.end = max(lengths) + pending + count
-        self.lengths = torch.tensor(lengths, device=cache.device)
-        self._data = cache.data[:, :, slots]
+    def __init__(
+        self, data: Tensor, lengths: Tensor, count: int, pending: int, end: int, level: int | None = None
+    ) -> None:
+        self.end = end
+        self.lengths = lengths
+        self._data = data
         self._count = count
         self._uncommitted = pending + count
-        self._level = lengths[0] + pending if len(set(lengths)) == 1 else None
-        self._rows = self.lengths[:, None] + torch.arange(pending, pending + count, device=cache.device)
-        self._batch = torch.arange(len(lengths), device=cache.device)[:, None]
+        self._level = level
+        self._rows = lengths[:, None] + torch.arange(pending, pending + count, device=data.device)
+        self._batch = torch.arange(len(lengths), device=data.device)[:, None]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, N, heads, head_dim] keys and values of a layer; get all up to `end`.

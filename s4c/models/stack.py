@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s4c.models.adapter import AdaptedRows
-from s4c.models.cache import KVCache
+from s4c.models.cache import ROWS_PER_GROWTH, CacheView, KVCache
 from s4c.models.layers import NO_TERMS, DecoderLayer, Join, LayerShape, RMSNorm, Rotary, grouped_mask, opened, pack
+from s4c.models.recorded import Recorded
 from s4c.verify.tree import ancestors
+
+MOST_RECORDED, MOST_RECORDINGS = 64, 128
+"""Uncommitted rows of a slot up to which passes are recorded on a GPU, and recordings that are kept."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,11 @@ class Stack(ABC):
 
 
 class TorchStack(Stack):
-    """`Stack` in torch: any device; also what the native kernels are tested against."""
+    """`Stack` in torch: any device; also what the native kernels are tested against.
+
+    Attributes:
+        records: whether passes over few rows are recorded and replayed (recorded.py), as on a GPU.
+    """
 
     def __init__(
         self,
@@ -129,6 +138,9 @@ class TorchStack(Stack):
         if join is not None:
             join.linear.pack(dtype)
         self._layers: dict[int, DecoderLayer] = {}
+        self._recorded: dict[tuple[object, ...], Recorded] = {}
+        self._recorded_of: Tensor | None = None
+        self.records = device.type == "cuda"
         self._cache = KVCache(layers, shape.kv_heads, shape.head_dim, dtype, device)
         self.lengths = self._cache.lengths
 
@@ -149,8 +161,41 @@ class TorchStack(Stack):
         taps: Sequence[int] = (),
     ) -> Tensor:
         batch, count, _ = x.shape
+        slots = slice(first_slot, first_slot + batch)
+        if self.records and adapted is None and pending + count <= MOST_RECORDED:
+            return self._replay(x, parents, slots, pending, taps)
+        return self._pass(x, parents, self._cache.view(slots, count, pending), pending, adapted, taps)
+
+    def _replay(self, x: Tensor, parents: Tensor, slots: slice, pending: int, taps: Sequence[int]) -> Tensor:
+        """`run` by a recorded pass: rows and cache rows are filled up to the next fixed size, and nobody sees that."""
+        count = x.shape[1]
+        fixed = 1 << (count - 1).bit_length()
+        self.reserve(slots.stop, max(self.lengths[slots]) + pending + fixed)
+        end = -(-(max(self.lengths[slots]) + pending + fixed) // ROWS_PER_GROWTH) * ROWS_PER_GROWTH
+        filled = F.pad(x, (0, 0, 0, fixed - count)), F.pad(parents, (0, fixed - count), value=-1)
+        inputs = (*filled, torch.tensor(self.lengths[slots], device=x.device))
+        if self._recorded_of is not self._cache.data or len(self._recorded) == MOST_RECORDINGS:
+            self._recorded, self._recorded_of = {}, self._cache.data
+        key = (slots.start, x.shape[0], fixed, pending, end, tuple(taps))
+        if key not in self._recorded:
+
+            def fixed_pass(x: Tensor, parents: Tensor, lengths: Tensor) -> Tensor:
+                view = self._cache.fixed_view(slots, lengths, fixed, pending, end)
+                return self._pass(x, parents, view, pending, None, taps)
+
+            self._recorded[key] = Recorded(fixed_pass, inputs)
+        return self._recorded[key](*inputs)[:, :count]
+
+    def _pass(
+        self,
+        x: Tensor,
+        parents: Tensor,
+        view: CacheView,
+        pending: int,
+        adapted: AdaptedRows | None,
+        taps: Sequence[int],
+    ) -> Tensor:
         visible = ancestors(parents)[:, pending:]
-        view = self._cache.view(slice(first_slot, first_slot + batch), count, pending)
         positions = view.lengths[:, None] + visible.sum(-1) - 1
         rotary = Rotary(positions, self._rope.frequencies, self._rope.scaling)
         mask = grouped_mask(view.mask(visible), self._shape, self._dtype)

@@ -81,14 +81,19 @@ class Server(Contestant):
         request = urllib.request.Request(
             f"{self.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
+        known = False
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 for line in response:
                     content = line.decode().strip().removeprefix("data:").strip()
                     if content.startswith("{"):
-                        yield from json.loads(content).get("choices", [])
+                        choices = json.loads(content).get("choices", [])
+                        known = known or bool(choices)
+                        yield from choices
         except urllib.error.HTTPError as error:
             raise OSError(f"{self.url} answers {error.code}: {error.read().decode(errors='replace')[:300]}") from error
+        if not known:
+            raise OSError(f"{self.url}/completions answers without `choices`; give the server's URL up to /v1")
 
 
 def peer(setting: Setting, argument: str) -> Contestant:
