@@ -27,7 +27,10 @@ def stack_of() -> TorchStack:
     torch.manual_seed(0)
     stack = TorchStack(3, SHAPE, Rope(100.0 ** -(torch.arange(0, 8, 2) / 8)), torch.float32, CPU, RMSNorm(32, 1e-5))
     for index in range(3):
-        stack.place(index, DecoderLayer(SHAPE).requires_grad_(False))
+        layer = DecoderLayer(SHAPE).requires_grad_(False)
+        for weight in layer.parameters():
+            weight.copy_(torch.randn(weight.shape) / weight.shape[-1] ** 0.5)
+        stack.place(index, layer)
     return stack
 
 
@@ -94,6 +97,7 @@ def test_a_cache_that_grows_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatc
     kept = []
 
     def course(stack: TorchStack) -> list[Tensor]:
+        stack.reserve(1, 1)
         outputs = []
         for step in range(300):
             count = 1 + step % 5

@@ -230,6 +230,45 @@ def test_a_long_prompt_is_taken_in_by_chunks(target: Any, monkeypatch: pytest.Mo
     assert torch.equal(whole.tokens, chunked.tokens)
 
 
+def test_a_long_prompt_is_read_as_far_back_as_the_window(target: Any) -> None:
+    prompt = torch.randint(0, 64, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    run = Run(target, drafter_of(target, heads=3, window=12)[1], [prompt], "best:20x4")
+    _, tree = run.propose()
+    _, of_all = Run(target, drafter_of(target, heads=3)[1], [prompt], "best:20x4").propose()
+    assert not torch.equal(tree.tokens, of_all.tokens)
+    end = Run(target, drafter_of(target, heads=3)[1], [prompt], "best:20x4")
+    end.drafter._take_in(0, torch.tensor(prompt[-13:-1]), run.features[0][-13:])
+    _, of_the_end = end.propose()
+    assert torch.equal(tree.tokens, of_the_end.tokens)
+    assert torch.equal(tree.parents, of_the_end.parents)
+
+
+def test_what_lies_further_back_than_the_window_is_dropped_in_time(target: Any) -> None:
+    _, drafter = drafter_of(target, heads=3, window=8)
+    run = Run(target, drafter, PROMPTS, "best:12x3")
+    anew = 0
+    for round_ in range(30):
+        run.plan = replace(run.plan, nodes=1 if round_ % 5 == 4 else 12)
+        before = list(drafter._stacks[0].lengths)
+        scores, tree = run.propose()
+        for slot, length in enumerate(drafter._stacks[0].lengths[: len(PROMPTS)]):
+            assert length <= 2 * 8
+            if length < before[slot]:
+                anew += 1
+                fresh = drafter_of(target, heads=3, window=8)[1]
+                fresh.prefill(0, torch.tensor(run.tokens[slot][:-1]), run.features[slot])
+                ours, theirs = drafter._slots[slot], fresh._slots[0]
+                alone = Run.__new__(Run)
+                alone.target, alone.drafter, alone.plan, alone.noise = target, fresh, run.plan, run.noise
+                alone.tokens, alone.lengths = [run.tokens[slot]], [run.lengths[slot]]
+                _, expected = alone.propose()
+                assert torch.equal(tree.tokens[slot], expected.tokens[0])
+                assert torch.equal(ours.carry, fresh._slots[0].carry)
+                assert theirs.past[0].shape[0] == 9
+        run.finish(scores, tree)
+    assert anew > len(PROMPTS)
+
+
 def test_a_prompt_of_one_token(target: Any) -> None:
     _, drafter = drafter_of(target)
     _, tree = Run(target, drafter, [[7]], "comb:2").propose()
@@ -251,6 +290,7 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
         {"lm_head": "borrowed"},
         {"rank": 0},
         {"context_vocab": -1},
+        {"window": 0},
         {"taps": "8,4"},
         {"taps": "0,4"},
         {"taps": "4,4"},

@@ -70,6 +70,8 @@ class S4CConfig:
         head_dim, intermediate: of the decoder layers; intermediate 0 means 8/3 of the hidden size.
         rope_theta: base of the rotary angles.
         taps: layers of the target that head 1 reads beside the feature, numbers from 1 with commas between them.
+        window: how far back the heads look. They take in so many tokens of a prompt, and when twice as many are
+            in their caches, the latest of them anew: rows further apart than in training tell them nothing.
         depth: levels that a tree has where none are asked for; 0 means H.
     """
 
@@ -85,9 +87,10 @@ class S4CConfig:
     rope_theta: float = 10000.0
     depth: int = 0
     taps: str = ""
+    window: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("heads", "layers", "rank", "head_dim"):
+        for name in ("heads", "layers", "rank", "head_dim", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.context_vocab < 0:
@@ -269,11 +272,13 @@ class _Slot:
         tokens: accepted tokens; the root follows them, and only the next round names it.
         features: [m, d (1 + taps)], the target's one position before each of the tokens and the root.
         carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
+        past: the target's features one position before all tokens that the heads may have to take in anew, in parts.
     """
 
     tokens: list[int]
     features: Tensor
     carry: Tensor
+    past: list[Tensor]
 
 
 class S4CDrafter(Drafter):
@@ -322,30 +327,40 @@ class S4CDrafter(Drafter):
 
     def reserve(self, slots: int, length: int) -> None:
         for stack in self._stacks:
-            stack.reserve(slots, length)
+            stack.reserve(slots, min(length, 2 * self.config.window))
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
+        self._take_in(slot, tokens.to(self.device), F.pad(features.float(), (0, 0, 1, 0)))
+        if self._context is not None:
+            self._context.start(slot, tokens.tolist())
+
+    def _take_in(self, slot: int, tokens: Tensor, features: Tensor) -> None:
+        """Fill the caches of a slot with the last `window` of tokens [n]; features [n + 1] lie one position before them
+        and the root."""
+        window = self.config.window
+        tokens, features = tokens[-window:], features[-window - 1 :]
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
-        wide = F.pad(features.float(), (0, 0, 1, 0))
-        before = self._blend(wide)
-        state = _Slot([], wide[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]))
+        before = self._blend(features)
+        state = _Slot([], features[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]), [features])
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
-            chunk = tokens[None, start : start + PREFILL_CHUNK].to(self.device)
+            chunk = tokens[None, start : start + PREFILL_CHUNK]
             rows = Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
             self._settle([state], rows.counts, self._carry(rows, outputs), slot)
-        state.features = wide[-1:]
+        state.features = features[-1:]
         self._slots[slot] = state
-        if self._context is not None:
-            self._context.start(slot, tokens.tolist())
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
+        for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
+            if self._stacks[0].lengths[slot] + len(self._slots[slot].features) > 2 * self.config.window:
+                text = torch.tensor(line[-1 - self.config.window : -1], dtype=torch.int64, device=self.device)
+                self._take_in(slot, text, torch.cat(self._slots[slot].past))
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
         if plan.nodes < 2:  # the heads take in what is committed when they are asked again
             for state, root in zip(states, sequences.roots.tolist(), strict=True):
@@ -398,6 +413,7 @@ class S4CDrafter(Drafter):
             state.tokens = state.tokens + tokens[:count]
             new = output.features[slot, verdict.path[slot, : count + 1]].float()
             state.features = torch.cat([state.features, new])
+            state.past.append(new)
 
     def move(self, source: int, destination: int) -> None:
         for stack in self._stacks:
