@@ -308,6 +308,22 @@ void terms_act_at_their_rows_alone(int kind, unsigned seed) {
     CHECK(same(model.row(model.run(path, 1, 0, {-1, 0, 1}, 0, adapted), 2), model.row(with, 2)));
 }
 
+// What a pass gives besides, behind its layers one by one, leaves the rest as it was.
+void taps_are_given_as_well(int kind, unsigned seed) {
+    Model model(kind, {20, 24, 2, 1, 10, false, false}, seed);
+    const size_t count = 7, d = 20;
+    Floats x = noise(count * d, seed + 1);
+    Parents chain = {-1, 0, 1, 2, 3, 4, 5};
+    Floats plain = model.run(x, 1, 1, chain), both = model.run(x, 1, 1, chain, 0, nullptr, {1, 2});
+    Floats last = model.run(x, 1, 1, chain, 0, nullptr, {2});
+    for (size_t row = 0; row < count; row++) {
+        CHECK(std::memcmp(&both[row * 3 * d], &plain[row * d], d * sizeof(float)) == 0);
+        CHECK(std::memcmp(&last[row * 2 * d], &plain[row * d], d * sizeof(float)) == 0);
+        CHECK(std::memcmp(&last[row * 2 * d + d], &both[row * 3 * d + 2 * d], d * sizeof(float)) == 0);
+        CHECK(std::memcmp(&both[row * 3 * d + d], &both[row * 3 * d + 2 * d], d * sizeof(float)) != 0);
+    }
+}
+
 // Callers at once, while the pool changes its size.
 void callers_take_turns(int kind) {
     const Shape shape{20, 30, 4, 2, 8, false, false};
@@ -341,6 +357,7 @@ void check(const std::string& name) {
             speculative_is_plain(kind, {64, 96, 5, 5, 80, false, false}, 64, 6, seed++);
             speculative_is_plain(kind, {1, 1, 1, 1, 2, false, false}, 3, 1, seed++);
             terms_act_at_their_rows_alone(kind, seed++);
+            taps_are_given_as_well(kind, seed++);
         }
         callers_take_turns(kind);
         drafts_know_no_other_sequence(kind, true, 4, 300);
