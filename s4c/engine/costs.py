@@ -41,7 +41,7 @@ from s4c.verify.rules import coupled
 from s4c.verify.scores import Scores, choose
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 8, 16, 24, 32)
@@ -244,12 +244,16 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
 
 
 def attention_seconds(target: Target, near: Mapping[int, float]) -> tuple[float, float]:
-    """a and b, from how much longer passes of few and of many tokens take behind a long context than those, T(n)."""
+    """a and b, from how many times as long passes of few and of many tokens take behind a long context as those, T(n).
+
+    Both are timed in one go for that: a machine that is busy for a while makes both longer, and their quotient as it was.
+    """
     further = min(LONG_CONTEXT, target.spec.context_length - MANY) - CONTEXT
     if further < 1:
         return 0.0, 0.0
-    far = pass_seconds(target, judged(target), (FEW, MANY), context=CONTEXT + further, of=min)
-    few, many = (max(0.0, far[n] - near[n]) / further for n in (FEW, MANY))
+    work, sizes = judged(target), (FEW, MANY)
+    far, now = (pass_seconds(target, work, sizes, context=CONTEXT + more, of=min) for more in (further, 0))
+    few, many = (near[n] * max(0.0, far[n] / now[n] - 1) / further for n in sizes)
     by_node = max(0.0, many - few) / (MANY - FEW)
     return max(0.0, few - by_node * FEW), by_node
 
