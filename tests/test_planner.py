@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from s4c.drafters.ngram import NgramDrafter
 from s4c.engine import costs as costs_module
 from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, POOL, CostPlanner, plans_by_levels
+from s4c.models.loading import load_target
 from s4c.types import Verdict
 from s4c.verify.tree import from_paths, merge
 
@@ -40,6 +42,22 @@ def seconds_of(costs: Costs, tokens: int, levels: int) -> dict[str, float]:
 
 
 # What a round costs
+
+
+@pytest.mark.parametrize("busy", [1.0, 3.0])
+def test_the_cost_of_attention_is_that_of_a_quiet_machine(
+    busy: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T(n) was measured in peace; passes behind a long context may be timed while something else runs."""
+    near = {1: 0.016, 16: 0.024}
+
+    def timed(target: Any, work: Any, sizes: Any, context: int = CONTEXT, **_: Any) -> dict[int, float]:
+        return {n: busy * (near[n] + (context - CONTEXT) * (1e-6 + 2e-7 * n)) for n in sizes}
+
+    monkeypatch.setattr(costs_module, "pass_seconds", timed)
+    target = load_target(str(tiny_models.save(tmp_path, "llama")))
+    target.spec = replace(target.spec, context_length=4096)
+    assert costs_module.attention_seconds(target, near) == pytest.approx((1e-6, 2e-7))
 
 
 def test_costs_lie_on_straight_lines_that_never_fall() -> None:

@@ -246,14 +246,14 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
 def attention_seconds(target: Target, near: Mapping[int, float]) -> tuple[float, float]:
     """a and b, from how many times as long passes of few and of many tokens take behind a long context as those, T(n).
 
-    Both are timed in one go for that: a machine that is busy for a while makes both longer, and their quotient as it was.
+    Both are timed in one go for that: a machine that is busy for a while makes both longer and leaves their quotient.
     """
     further = min(LONG_CONTEXT, target.spec.context_length - MANY) - CONTEXT
     if further < 1:
         return 0.0, 0.0
     work, sizes = judged(target), (FEW, MANY)
-    far, now = (pass_seconds(target, work, sizes, context=CONTEXT + more, of=min) for more in (further, 0))
-    few, many = (near[n] * max(0.0, far[n] / now[n] - 1) / further for n in sizes)
+    far, close = (pass_seconds(target, work, sizes, context=CONTEXT + more, of=min) for more in (further, 0))
+    few, many = (near[n] * max(0.0, far[n] / close[n] - 1) / further for n in sizes)
     by_node = max(0.0, many - few) / (MANY - FEW)
     return max(0.0, few - by_node * FEW), by_node
 
