@@ -339,7 +339,7 @@ class S4CDrafter(Drafter):
         """Fill the caches of a slot with the last `window` of tokens [n]; features [n + 1] lie one position before them
         and the root."""
         window = self.config.window
-        tokens, features = tokens[-window:], features[-window - 1 :]
+        tokens, features = tokens[-window:], features[-window - 1 :].clone()
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
