@@ -111,6 +111,20 @@ def test_a_cache_that_grows_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(torch.cat(found, 1), torch.cat(expected, 1), rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_recorded_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_RECORDINGS", 2)
+    made = []
+    monkeypatch.setattr(module, "Recorded", lambda *args: made.append(args) or Recorded(*args))
+    stack = stack_of()
+    stack.records = True
+    stack.reserve(1, 64)
+    for step in range(20):
+        count = 1 + step % 2
+        stack.run(random(1, count, 32, seed=step), torch.tensor([PARENTS[:count]]))
+        stack.keep(0, [0])
+    assert len(made) == 2
+
+
 def test_generation_is_what_it_was(tmp_path: Path) -> None:
     llm = LLM(str(tiny_models.save(tmp_path, "llama")), "none", runtime="torch", max_batch=2)
     prompts = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43]]

@@ -174,10 +174,11 @@ class TorchStack(Stack):
         end = -(-(max(self.lengths[slots]) + pending + fixed) // ROWS_PER_GROWTH) * ROWS_PER_GROWTH
         filled = F.pad(x, (0, 0, 0, fixed - count)), F.pad(parents, (0, fixed - count), value=-1)
         inputs = (*filled, torch.tensor(self.lengths[slots], device=x.device))
-        if self._recorded_of is not self._cache.data or len(self._recorded) == MOST_RECORDINGS:
-            self._recorded, self._recorded_of = {}, self._cache.data
         key = (slots.start, x.shape[0], fixed, pending, end, tuple(taps))
-        if key not in self._recorded:
+        moved = self._recorded_of is not self._cache.data
+        if moved or key not in self._recorded:
+            if moved or len(self._recorded) == MOST_RECORDINGS:
+                self._recorded, self._recorded_of = {}, self._cache.data
 
             def fixed_pass(x: Tensor, parents: Tensor, lengths: Tensor) -> Tensor:
                 view = self._cache.fixed_view(slots, lengths, fixed, pending, end)
