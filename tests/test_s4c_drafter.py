@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,14 +258,12 @@ def test_what_lies_further_back_than_the_window_is_dropped_in_time(target: Any) 
                 anew += 1
                 fresh = drafter_of(target, heads=3, window=8)[1]
                 fresh.prefill(0, torch.tensor(run.tokens[slot][:-1]), run.features[slot])
-                ours, theirs = drafter._slots[slot], fresh._slots[0]
-                alone = Run.__new__(Run)
-                alone.target, alone.drafter, alone.plan, alone.noise = target, fresh, run.plan, run.noise
-                alone.tokens, alone.lengths = [run.tokens[slot]], [run.lengths[slot]]
+                assert fresh._slots[0].past[0].shape[0] == 8 + 1
+                alone = copy.copy(run)
+                alone.drafter, alone.tokens, alone.lengths = fresh, [run.tokens[slot]], [run.lengths[slot]]
                 _, expected = alone.propose()
                 assert torch.equal(tree.tokens[slot], expected.tokens[0])
-                assert torch.equal(ours.carry, fresh._slots[0].carry)
-                assert theirs.past[0].shape[0] == 9
+                assert torch.equal(drafter._slots[slot].carry, fresh._slots[0].carry)
         run.finish(scores, tree)
     assert anew > len(PROMPTS)
 
