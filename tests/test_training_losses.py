@@ -59,7 +59,7 @@ def test_each_term_equals_the_slow_one(offset: int, term: str) -> None:
     head = target.head_weight(IDS) / 3
     hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
     rows = torch.randn(len(IDS), HIDDEN, requires_grad=True)
-    prediction = Prediction(hidden, lambda x: x @ rows.T, hidden, offset)
+    prediction = Prediction(hidden, rows, hidden, offset)
     fast = head_loss(prediction, Lesson.of(batch, IDS, head)).terms()[term]
     slow = slow_terms(prediction, batch, head)[TERMS.index(term)]
     assert fast.item() == pytest.approx(slow.item(), rel=1e-5)
@@ -145,7 +145,7 @@ def test_only_generated_tokens_within_the_row_count(offset: int) -> None:
     batch = random_batch()
     hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
     rows = torch.randn(len(IDS), HIDDEN)
-    terms = head_loss(Prediction(hidden, lambda x: x @ rows.T, hidden, offset), Lesson.of(batch, IDS, rows))
+    terms = head_loss(Prediction(hidden, rows, hidden, offset), Lesson.of(batch, IDS, rows))
     (terms.teacher + terms.smooth).backward()
     assert hidden.grad is not None
     touched = hidden.grad.abs().sum(-1) > 0
@@ -154,12 +154,36 @@ def test_only_generated_tokens_within_the_row_count(offset: int) -> None:
     assert torch.equal(touched, generated)
 
 
+@pytest.mark.parametrize("term", TERMS)
+def test_a_step_that_looks_at_some_tokens_has_the_laws_given_these(term: str) -> None:
+    batch = random_batch()
+    head = TinyTarget().head_weight(IDS) / 3
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    rows = torch.randn(len(IDS), HIDDEN, requires_grad=True)
+    lesson = Lesson.of(batch, IDS, head, most=len(IDS) // 2)
+    assert lesson.columns is not None
+    assert torch.equal(lesson.columns, lesson.columns.unique(sorted=True))
+    fewer = head_loss(Prediction(hidden, rows, hidden, 1), lesson).terms()[term]
+    kept = IDS[lesson.columns]
+    small = Lesson.of(batch, kept, head[lesson.columns])
+    whole = head_loss(Prediction(hidden, rows[lesson.columns], hidden, 1), small).terms()[term]
+    torch.testing.assert_close(fewer, whole)
+    inputs = (hidden,) if term == "smooth" else (hidden, rows)
+    for got, wanted in zip(torch.autograd.grad(fewer, inputs), torch.autograd.grad(whole, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+        assert wanted.abs().max() > 1e-4
+    law = torch.stack([batch.features[b, t] @ head.T for b, t in zip(lesson.row, lesson.position, strict=True)])
+    peak = law.softmax(-1).amax(0)
+    left_out = torch.ones(len(IDS), dtype=torch.bool).index_fill_(0, lesson.columns, False)
+    assert peak[lesson.columns].min() >= peak[left_out].max()
+
+
 def test_true_tokens_outside_the_draft_vocabulary_are_masked() -> None:
     batch = random_batch()
     batch.tokens.fill_(4)
     hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
     rows = torch.randn(len(IDS), HIDDEN)
-    prediction = Prediction(hidden, lambda x: x @ rows.T, None, 1)
+    prediction = Prediction(hidden, rows, None, 1)
     terms = head_loss(prediction, Lesson.of(batch, IDS, rows))
     assert (terms.lm.item(), terms.smooth.item()) == (0.0, 0.0)
     assert torch.autograd.grad(terms.lm, hidden, retain_graph=True)[0].abs().max() == 0
@@ -175,7 +199,7 @@ def test_a_head_that_looks_past_every_row_costs_nothing() -> None:
     )
     hidden = torch.randn(1, 2, HIDDEN, requires_grad=True)
     rows = torch.randn(len(IDS), HIDDEN)
-    terms = head_loss(Prediction(hidden, lambda x: x @ rows.T, hidden, 3), Lesson.of(batch, IDS, rows))
+    terms = head_loss(Prediction(hidden, rows, hidden, 3), Lesson.of(batch, IDS, rows))
     assert (terms.lm.item(), terms.teacher.item(), terms.smooth.item()) == (0.0, 0.0, 0.0)
 
 

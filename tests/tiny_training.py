@@ -105,7 +105,7 @@ class TinyModel(DraftModel):
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
         following = F.pad(batch.tokens, (0, 1))[:, 1:]
         outputs = self.outputs(batch.features, following)
-        return [Prediction(h, self.logits, h, offset=i) for i, h in enumerate(outputs, 2)]
+        return [Prediction(h, self.rows, h, offset=i) for i, h in enumerate(outputs, 2)]
 
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> Drafter:
         return TinyDrafter(self)

@@ -51,7 +51,11 @@ def train(
     ] = False,
     init: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint to start from, of the same settings.", show_default="untrained heads"),
+        typer.Option(
+            help="Checkpoint to start from, of the same settings. A draft vocabulary of the same size is kept, one of "
+            "another size is counted anew.",
+            show_default="untrained heads",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved step in --out.")] = False,
     steps: Annotated[int | None, _setting("no limit", "Most optimizer steps.")] = None,
@@ -59,6 +63,9 @@ def train(
     max_seconds: Annotated[float | None, _setting("no limit", "Most seconds, validation included.")] = None,
     batch_tokens: Annotated[int | None, _setting("4096", "Most tokens of a batch, padding included.")] = None,
     max_length: Annotated[int | None, _setting("512", "Rows are cut to so many tokens.")] = None,
+    step_vocab: Annotated[
+        int | None, _setting("0, all", "Tokens of the draft vocabulary that a step looks at.")
+    ] = None,
     autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16, float16.")] = None,
     features: Annotated[str | None, _setting("cache", "Target's features: cache (on disk) or fly (anew).")] = None,
     cache: Annotated[
@@ -111,9 +118,10 @@ def train(
     torch.set_num_threads(llm.threads)
     rows, held = _rows(data, llm.target, config)
     torch.manual_seed(config.seed)
-    model = new_model(line, method_config, llm.target, rows)
-    if init is not None:
-        model.start_from(load_model(init, llm.target, METHODS))
+    start = None if init is None else load_model(init, llm.target, METHODS)
+    model = new_model(line, method_config, llm.target, rows, start)
+    if start is not None:
+        model.start_from(start)
     provenance = {"command": _command(), "data files": ", ".join(path.name for path in data)}
     trainer = Trainer(
         llm.target, line.name, model, rows, held, config, out, resume=resume, cache=cache, provenance=provenance
@@ -178,8 +186,13 @@ def _rows(data: list[Path], target: Target, config: Any) -> tuple[list[Row], lis
         return split(truncate(rows, min(config.max_length, target.spec.context_length)), config.held_out)
 
 
-def new_model(method: Method, config: Any, target: Target, rows: list[Row]) -> DraftModel:
-    """A draft model before training; its vocabulary is `config.draft_vocab` tokens, all where that is 0."""
+def new_model(
+    method: Method, config: Any, target: Target, rows: list[Row], start: DraftModel | None = None
+) -> DraftModel:
+    """A draft model before training; its vocabulary is `config.draft_vocab` tokens, all where that is 0.
+
+    They are those of the model that it will start from where that has as many, else the most frequent ones of the rows.
+    """
     import torch
 
     from s4c.training.data import frequent_tokens
@@ -189,6 +202,8 @@ def new_model(method: Method, config: Any, target: Target, rows: list[Row]) -> D
     size = min(getattr(config, "draft_vocab", 0) or spec.vocab_size, spec.vocab_size)
     if size == spec.vocab_size:
         return method.model(target, config, torch.arange(size))
+    if start is not None and len(start.token_ids) == size:
+        return method.model(target, config, start.token_ids)
     return method.model(target, config, frequent_tokens(rows, size, spec.vocab_size, spec.eos_token_ids))
 
 

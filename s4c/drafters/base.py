@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s4c.models.base import Target
@@ -107,12 +108,11 @@ class TrainingBatch:
 class Prediction:
     """What one head says of every position of a training batch.
 
-    The logits come as a function, so that the loss pays for the positions that count and no others.
+    It holds what the logits are made of, so that the loss pays for the positions and the tokens that count alone.
 
     Attributes:
         hidden: [B, T, h], what the drafter's LM head reads at each position (h is its own affair).
-        logits: maps any rows [M, h] of `hidden` to their logits [M, V'] over the drafter's vocabulary; at
-            position t they are those of token t + offset.
+        head: [V', h], that LM head; with position t of `hidden` it gives the logits of token t + offset.
         features: [B, T, d], the head's guess of the target's feature at position t + offset - 1, or None
             where the method guesses none.
         offset: how far ahead of its position a prediction looks.
@@ -122,11 +122,16 @@ class Prediction:
     """
 
     hidden: Tensor
-    logits: Callable[[Tensor], Tensor]
+    head: Tensor
     features: Tensor | None
     offset: int
     made: Tensor | None = None
     weight: float | None = None
+
+    def logits(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """[M, V'] float32 of rows [M, h] of `hidden`, or [M, S] of the columns [S] of the drafter's vocabulary."""
+        head = self.head if columns is None else self.head[columns]
+        return F.linear(rows.to(head.dtype), head).float()
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class SmallLlama(DraftModel):
         mask = grouped_mask(causal, self.shape, half)
         for layer in self.layers:
             x = layer(x, rotary, mask)
-        return [Prediction(self.norm(x), self.head, None, offset=1)]
+        return [Prediction(self.norm(x), self.head.weight, None, offset=1)]
 
     def frequencies(self, device: torch.device) -> Tensor:
         """[head_dim / 2]: rotary angles per position."""

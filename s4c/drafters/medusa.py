@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +94,11 @@ class MedusaHead(nn.Module):
         logits: Tensor = shared(self.last(hidden)) if self._shares else self.last(hidden)
         return logits
 
+    def halves(self, feature: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [..., d] of features [..., d], and the LM head [V', d] that reads them."""
+        hidden = self.blocks(feature)
+        return (self.last(hidden), shared) if self._shares else (hidden, self.last.weight)
+
 
 class MedusaModel(DraftModel):
     """The heads.
@@ -124,9 +128,8 @@ class MedusaModel(DraftModel):
         return [head for head in self.heads if isinstance(head, MedusaHead)]
 
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
-        shared = Linear.of(self.head_rows)
         return [
-            Prediction(head.blocks(batch.features), partial(head.logits, shared=shared), None, offset=k + 1)
+            Prediction(*head.halves(batch.features, self.head_rows), None, offset=k + 1)
             for k, head in enumerate(self.each_head(), 1)
         ]
 

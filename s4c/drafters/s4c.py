@@ -215,7 +215,7 @@ class S4CModel(DraftModel):
             for layer in head.layers:
                 x = layer(x, rotary, mask)
             feature = head.output(x)
-            predictions.append(Prediction(feature, self.logits, feature, offset=1))
+            predictions.append(Prediction(self.narrowed(feature), self.head(), feature, offset=1))
         return predictions
 
     def read(self, features: Tensor) -> Tensor:
@@ -223,12 +223,14 @@ class S4CModel(DraftModel):
         blended: Tensor = self.blend(features) if self.taps else features
         return blended
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V'] of [..., d]: the LM head."""
-        if self.config.lm_head == "tied":
-            return F.linear(hidden, self.head_rows)
-        product: Tensor = self.up(self.down(hidden) if self.config.lm_head == "low-rank" else hidden)
-        return product
+    def narrowed(self, hidden: Tensor) -> Tensor:
+        """[..., h] of [..., d]: what `head` reads."""
+        narrow: Tensor = self.down(hidden) if self.config.lm_head == "low-rank" else hidden
+        return narrow
+
+    def head(self) -> Tensor:
+        """[V', h]: the LM head, or the second factor of it."""
+        return self.head_rows if self.config.lm_head == "tied" else self.up.weight
 
     def lm_head(self) -> nn.Module:
         """The LM head as layers that can be packed."""

@@ -123,13 +123,8 @@ class SDSATModel(DraftModel):
         for number in range(self.config.tokens):
             spread = hidden.new_zeros(*batch.tokens.shape, hidden.shape[-1])
             spread = spread.index_put((row, at[exists]), hidden[:, :, number][exists])
-            predictions.append(Prediction(spread, self.logits, None, offset=number + 2, made=made))
+            predictions.append(Prediction(spread, self.opened().head, None, offset=number + 2, made=made))
         return text, predictions
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of [..., d]: the target's LM head."""
-        head = self.opened().head
-        return F.linear(hidden.to(head.dtype), head)
 
     def adapter(self) -> Adapter:
         """A copy of the present weights, as a target takes them."""

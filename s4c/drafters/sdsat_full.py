@@ -72,7 +72,7 @@ class FullModel(SDSATModel):
 
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
         text, guesses = self.read(batch)
-        return [*guesses, Prediction(text, self.logits, None, offset=1, weight=self.config.standard)]
+        return [*guesses, Prediction(text, self.opened().head, None, offset=1, weight=self.config.standard)]
 
     def start_from(self, other: DraftModel) -> None:
         """Go on with the adaptive tokens of a drafter of rank 0; the copy starts from the target all the same.

@@ -13,7 +13,10 @@ A method that trains the target along adds to this, with a weight of its own, th
 itself says with the true tokens of the answers.
 
 Over a reduced draft vocabulary the teacher's law is the target's given that the token is one of the vocabulary
-(a softmax over those rows of its LM head), and true tokens outside it are left out of the first term.
+(a softmax over those rows of its LM head), and true tokens outside it are left out of the first term. A step may
+look at fewer still, the tokens that the target finds most probable anywhere in its batch: both laws are then those
+given that the token is one of these. A drafter that has the target's law has it given any set of tokens, so the
+optimum stays, and most of what an LM head costs in training is saved.
 """
 
 from __future__ import annotations
@@ -65,9 +68,10 @@ class Lesson:
     Attributes:
         row: [M] int64.
         position: [M] int64, u: the position of the feature; the token is that at u + 1.
-        column: [M] int64, the column of the true token in the draft vocabulary, -1 where it has none.
-        law: [M, V'] float32, the target's law given the draft vocabulary.
+        column: [M] int64, the column of the true token in the law, -1 where it has none.
+        law: [M, S] float32, the target's law given the tokens that are looked at.
         feature: [M, d] float32.
+        columns: [S] int64, ascending, the columns of the draft vocabulary that are looked at; None for all of them.
     """
 
     row: Tensor
@@ -75,10 +79,13 @@ class Lesson:
     column: Tensor
     law: Tensor
     feature: Tensor
+    columns: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, batch: TrainingBatch, token_ids: Tensor, head: Tensor, wanted: Tensor | None = None) -> Lesson:
+    def of(
+        cls, batch: TrainingBatch, token_ids: Tensor, head: Tensor, wanted: Tensor | None = None, most: int = 0
+    ) -> Lesson:
         """Compute once for a batch what all heads are taught.
 
         Args:
@@ -86,6 +93,7 @@ class Lesson:
             token_ids: [V'] int64, ascending.
             head: [V', d], the rows of the target's LM head for these tokens.
             wanted: [B, T] bool, the positions that are wanted; None for all of them.
+            most: S, how many tokens of the draft vocabulary to look at; 0 for all of them.
         """
         counts = answered(batch)
         if wanted is not None:
@@ -93,7 +101,12 @@ class Lesson:
         row, position = counts.nonzero(as_tuple=True)
         feature = batch.features[row, position, : head.shape[1]]
         law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
-        return cls(row, position, columns_of(batch.tokens[row, position + 1], token_ids), law, feature)
+        column = columns_of(batch.tokens[row, position + 1], token_ids)
+        if not 0 < most < len(token_ids) or not len(row):
+            return cls(row, position, column, law, feature)
+        columns = law.amax(0).topk(most).indices.sort().values
+        law = law[:, columns]
+        return cls(row, position, columns_of(column, columns), law / law.sum(-1, keepdim=True), feature, columns)
 
 
 def answered(batch: TrainingBatch) -> Tensor:
@@ -167,7 +180,7 @@ def head_loss(
     if not exists.all():
         row, at, column, law, feature, weight = (x[exists] for x in (row, at, column, law, feature, weight))
     with casting(lesson.law.device, autocast):
-        logits = prediction.logits(prediction.hidden[row, at]).float()
+        logits = prediction.logits(prediction.hidden[row, at], lesson.columns)
     lm, teacher, acceptance, accepted = law_losses(logits, column, law, weight)
     smooth = logits.new_zeros(())
     if prediction.features is not None:
@@ -265,7 +278,7 @@ def true_token_loss(prediction: Prediction, batch: TrainingBatch, autocast: torc
     """
     row, position = answered(batch).nonzero(as_tuple=True)
     with casting(batch.tokens.device, autocast):
-        logits = prediction.logits(prediction.hidden[row, position]).float()
+        logits = prediction.logits(prediction.hidden[row, position])
     return F.cross_entropy(logits, batch.tokens[row, position + 1])
 
 
@@ -282,17 +295,24 @@ class CompositeLoss(nn.Module):
         head: [V', d], the rows of the target's LM head for the draft vocabulary.
         weights: of the terms.
         autocast: half precision of the drafter's matrix products; None for the dtype of its weights.
+        most: tokens of the draft vocabulary to look at in a step; 0 for all of them.
     """
 
     head: Tensor
 
     def __init__(
-        self, model: DraftModel, head: Tensor, weights: LossWeights, autocast: torch.dtype | None = None
+        self,
+        model: DraftModel,
+        head: Tensor,
+        weights: LossWeights,
+        autocast: torch.dtype | None = None,
+        most: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
         self.autocast = autocast
+        self.most = most
         self.register_buffer("head", head, persistent=False)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -300,7 +320,7 @@ class CompositeLoss(nn.Module):
         with casting(self.head.device, self.autocast):
             predictions = self.model.predictions(batch)
         heads = [prediction for prediction in predictions if prediction.weight is None]
-        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads))
+        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most)
         losses = self._head_losses(heads, lesson)
         depth = torch.tensor([self.weights.depth**i for i in range(len(losses))], device=self.head.device)
         loss = torch.dot(torch.stack([head.weighted(self.weights) for head in losses]), shares(depth))

@@ -226,7 +226,7 @@ def _ranks(prediction: Prediction, batch: TrainingBatch, token_ids: Tensor) -> t
     if prediction.made is not None:
         counts &= F.pad(prediction.made, (prediction.offset, 0))[:, : len(index)]
     row, about = counts.nonzero(as_tuple=True)
-    logits = prediction.logits(prediction.hidden[row, about - prediction.offset]).float()
+    logits = prediction.logits(prediction.hidden[row, about - prediction.offset])
     column = columns_of(batch.tokens[row, about], token_ids)
     better = (logits > logits.gather(1, column.clamp(min=0)[:, None])).sum(-1)
     rank = torch.full_like(batch.tokens, RANKS)

@@ -65,6 +65,8 @@ class TrainConfig:
         clip: most norm of the gradient.
         batch_tokens: most tokens of a batch, padding included, for each process.
         max_length: rows are cut to so many tokens.
+        step_vocab: so many tokens of the draft vocabulary are looked at in a step, those that the target finds most
+            probable anywhere in the batch; 0 for all.
         weights: of the loss.
         autocast: `none`, `bfloat16` or `float16`: precision of the drafter's matrix products.
         features: `cache` or `fly`, see features.py.
@@ -89,6 +91,7 @@ class TrainConfig:
     clip: float = 1.0
     batch_tokens: int = 4096
     max_length: int = 512
+    step_vocab: int = 0
     weights: LossWeights = field(default_factory=LossWeights)
     autocast: str = "none"
     features: str = "cache"
@@ -109,6 +112,8 @@ class TrainConfig:
         for name in ("batch_tokens", "max_length", "eval_every", "save_every", "log_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.step_vocab < 0:
+            raise ValueError(f"step_vocab is {self.step_vocab}; it must be 0 (the whole draft vocabulary) or more")
         for name in ("learning_rate", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -216,6 +221,7 @@ class Trainer:
             target.head_weight(model.token_ids.to(target.device)).detach().float(),
             config.weights,
             AUTOCAST[config.autocast],
+            config.step_vocab,
         )
         self.optimizer = _optimizer(model, config)
         greedy = [row for row in held if row.temperature == 0]
