@@ -93,7 +93,7 @@ class Engine:
             tokens=tokens,
             roots=torch.tensor([line[-1] for line in tokens], device=device),
             positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
-            scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.highest),
+            scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.judge),
             sampled=self.sampled,
             plan=self.planner.plan([len(line) - 1 for line in tokens]),
         )

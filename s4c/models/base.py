@@ -17,7 +17,7 @@ from torch import Tensor
 from s4c.errors import UnsupportedModel
 from s4c.models.adapter import Adapter
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.scores import Highest
+from s4c.verify.scores import Judge
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Target(ABC):
     runtime: str
     """What computes it: `native` (its drafters then run on the C++ kernels too), `torch` or `hf`."""
 
-    highest: Highest | None = None
-    """The runtime's kernel for the tokens that it chooses; None where it has none."""
+    judge: Judge | None = None
+    """The runtime's kernel for the coupled rule; None where it has none."""
 
     weight_bytes: int
     """Bytes of weights that every pass reads."""

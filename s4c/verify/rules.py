@@ -41,7 +41,9 @@ Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 
 def coupled(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     """The coupled rule; see the head of this file."""
-    verdict = follow(tree, scores.choice(output.logits, tree))
+    verdict = scores.judged(tree, output.logits)
+    if verdict is None:
+        verdict = follow(tree, scores.choice(output.logits, tree))
     check_chosen(verdict.bonus)
     return verdict
 

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s4c.errors import BadLogits
-from s4c.types import DraftTree, SamplingParams
+from s4c.types import DraftTree, SamplingParams, Verdict
 from s4c.verify import tree as trees
 from s4c.verify.noise import TARGET_STREAM, NoiseTable
 
 NOT_FINITE, ALL_EXCLUDED = -1, -2
 """What stands for the token of a node without a law: no child bears it."""
 
-Highest = Callable[[Tensor, Sequence[float], Sequence[Tensor | None]], tuple[Tensor, Tensor]]
-"""What a runtime may have a kernel for: `highest` of rows [R, V], each divided by its temperature (0: as it is) and
-with its noise [V] added (None: none), the same bit by bit."""
+Judge = Callable[[DraftTree, Tensor, Sequence[float], Sequence[Tensor | None]], Verdict]
+"""What a runtime may have a kernel for: the coupled rule (rules.py) where requests only cool. It is given a tree, its
+logits [B, N, V], B temperatures, and B times L rows [V] of noise, of the tokens after nodes of depth 0 to L - 1; no
+rows at all where all requests are greedy."""
 
 MAXIMUM_BLOCK = 256
 """Tokens among which an index is looked for at once."""
@@ -36,7 +37,7 @@ class Scores:
         tokens: B lists of the committed tokens, the root last.
         prompt_lengths: B numbers: how many of the tokens are the prompt's.
         noise: the noise rows, kept from round to round.
-        highest: the runtime's kernel for the tokens of requests that only cool; None where it has none.
+        judge: the runtime's kernel for the coupled rule; None where it has none.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class Scores:
         tokens: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int],
         noise: NoiseTable,
-        highest: Highest | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        self._highest = highest
+        self._judge = judge
         self.params = params
         self.tokens = tokens
         self.noise_table = noise
@@ -95,16 +96,18 @@ class Scores:
 
     def choice(self, logits: Tensor, tree: DraftTree) -> Tensor:
         """[B, N] int64: the target's token after each node of a tree, as `choose` marks it; logits are [B, N, V]."""
-        if self._highest is None or not self.only_cools:
-            noise = None if self.greedy else self.noise(self.positions_after(tree))
-            return choose(self.process_tree(logits, tree), noise)
-        temperatures = [request.temperature for request in self.params for _ in range(tree.size)]
-        noise_rows: list[Tensor | None] = [None] * len(temperatures)
+        noise = None if self.greedy else self.noise(self.positions_after(tree))
+        return choose(self.process_tree(logits, tree), noise)
+
+    def judged(self, tree: DraftTree, logits: Tensor) -> Verdict | None:
+        """The coupled rule's verdict by the runtime's kernel; None where it has none for these requests."""
+        if self._judge is None or not self.only_cools:
+            return None
+        noise: list[Tensor | None] = []
         if not self.greedy:
-            below = [trees.listed_depths(parents) for parents in tree.parents.tolist()]
-            noise_rows = [self.noise_row(b, len(self.tokens[b]) + d) for b, depths in enumerate(below) for d in depths]
-        best, token = self._highest(logits.flatten(0, 1), temperatures, noise_rows)
-        return marked(best, token).view(tree.tokens.shape)
+            levels = 1 + max(max(trees.listed_depths(parents)) for parents in tree.parents.tolist())
+            noise = [self.noise_row(b, len(line) + d) for b, line in enumerate(self.tokens) for d in range(levels)]
+        return self._judge(tree, logits, [request.temperature for request in self.params], noise)
 
     def positions_after(self, tree: DraftTree) -> Tensor:
         """[B, N] int64: the position of the token that follows each node."""
@@ -284,11 +287,7 @@ def choose(processed: Tensor, noise: Tensor | None) -> Tensor:
     A node without a law gets NOT_FINITE (NaN or +inf) or ALL_EXCLUDED (nothing but -inf). That is an error
     only where a token is taken from it (`check_chosen`): drafted text that is never committed may be absurd.
     """
-    return marked(*highest(processed if noise is None else processed + noise))
-
-
-def marked(best: Tensor, token: Tensor) -> Tensor:
-    """The tokens that are highest, and what stands for one where there is no law; see `choose`."""
+    best, token = highest(processed if noise is None else processed + noise)
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, ALL_EXCLUDED, NOT_FINITE))
 
 
@@ -308,16 +307,16 @@ def highest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_chosen(tokens: Tensor) -> None:
-    """Refuse tokens [B, ...] that stand for a missing law.
+    """Refuse tokens [B] among which one stands for a missing law.
 
     Raises:
         BadLogits: there is one; the message and `rows` name its row of the batch.
     """
-    if (tokens < 0).any():
-        lowest = tokens.flatten(1).amin(1) if tokens.dim() > 1 else tokens
-        rows = (lowest < 0).nonzero()[:, 0].tolist()
+    marks = {row: token for row, token in enumerate(tokens.tolist()) if token < 0}
+    if marks:
+        rows = list(marks)
         what = "hold NaN or infinity: weights or activations overflow; try dtype float32"
-        if (lowest[rows] == ALL_EXCLUDED).all():
+        if set(marks.values()) == {ALL_EXCLUDED}:
             what = "exclude every token: let logit_bias and bad_words leave one"
         names = ", ".join(str(row) for row in rows)
         raise BadLogits(f"nothing was sampled: the target's logits of sequence {names} of the batch {what}", rows)

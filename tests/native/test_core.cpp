@@ -257,17 +257,33 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
     }
 }
 
-void the_highest_is_found(int columns, unsigned seed) {
-    Floats x = noise(3 * static_cast<size_t>(columns), seed), gumbel = noise(static_cast<size_t>(columns), seed + 1), values(3);
-    const float temperatures[3] = {0.0f, 0.5f, 2.0f}, *rows[3] = {nullptr, gumbel.data(), nullptr};
-    std::vector<int64_t> indices(3);
-    CHECK(s4c_highest(x.data(), 3, columns, temperatures, rows, values.data(), indices.data()) == 0);
-    for (size_t r = 0; r < 3; r++)
-        for (size_t i = 0; i < static_cast<size_t>(columns); i++) {
-            float cooled = temperatures[r] == 0.0f ? x[r * static_cast<size_t>(columns) + i] : x[r * static_cast<size_t>(columns) + i] / temperatures[r];
-            CHECK((rows[r] ? cooled + gumbel[i] : cooled) <= values[r]);
-            CHECK(indices[r] >= 0 && indices[r] < columns);
+// Chains that bear the highest token of each row are accepted to their end, the ones with another first token not at all.
+void the_highest_is_followed(int columns, unsigned seed) {
+    constexpr int BATCH = 3, NODES = 3;
+    size_t wide = static_cast<size_t>(columns);
+    Floats x = noise(BATCH * NODES * wide, seed), gumbel = noise(wide, seed + 1);
+    const float temperatures[BATCH] = {0.0f, 0.5f, 0.0f}, *rows[BATCH * NODES] = {nullptr, nullptr, nullptr, gumbel.data(), gumbel.data(), gumbel.data()};
+    std::vector<int64_t> highest(BATCH * NODES), tokens(BATCH * NODES), paths(BATCH * NODES), chosen(BATCH * NODES), accepted(BATCH);
+    for (size_t r = 0; r < BATCH * NODES; r++) {
+        float divisor = rows[r] ? 0.5f : 1.0f, best = 0;
+        for (size_t i = 0; i < wide; i++) {
+            float score = x[r * wide + i] / divisor + (rows[r] ? gumbel[i] : 0.0f);
+            if (!i || score > best) best = score, highest[r] = static_cast<int64_t>(i);
         }
+        if (r % NODES + 1 < NODES) tokens[r + 1] = highest[r];
+    }
+    tokens[2 * NODES + 1]++;
+    const int64_t parents[BATCH * NODES] = {-1, 0, 1, -1, 0, 1, -1, 0, 1};
+    const uint8_t candidate[BATCH * NODES] = {0, 1, 1, 0, 1, 1, 0, 1, 1};
+    Trees trees{BATCH, NODES, NODES, tokens.data(), parents, candidate, temperatures, rows};
+    CHECK(s4c_judge(&trees, x.data(), columns, paths.data(), chosen.data(), accepted.data()) == NODES - 1);
+    for (size_t b = 0; b < BATCH; b++) {
+        CHECK(accepted[b] == (b < 2 ? NODES - 1 : 0));
+        for (size_t i = 0; i < NODES; i++) {
+            CHECK(paths[b * NODES + i] == (b < 2 ? static_cast<int64_t>(i) : 0));
+            CHECK(chosen[b * NODES + i] == highest[b * NODES + (b < 2 ? i : 0)]);
+        }
+    }
 }
 
 // A longer row begins with a shorter one, whatever the threads.
@@ -363,7 +379,7 @@ void check(const std::string& name) {
         drafts_know_no_other_sequence(kind, true, 4, 300);
         drafts_know_no_other_sequence(kind, false, 4, 301);
     }
-    for (int columns : {1, 16, 255, 1000}) the_highest_is_found(columns, 7);
+    for (int columns : {1, 16, 255, 1000}) the_highest_is_followed(columns, 7);
     noise_is_of_its_row_alone();
     s4c_set_threads(1);
 }

@@ -108,6 +108,15 @@ class CRound(Structure):
     ]
 
 
+class CTrees(Structure):
+    """`Trees` of core.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("batch", "nodes", "levels")),
+        *((name, c_void_p) for name in ("tokens", "parents", "candidate", "temperatures", "noise")),
+    ]
+
+
 def pointers(addresses: Sequence[int | None]) -> ctypes.Array[c_void_p]:
     """An array of addresses."""
     return (c_void_p * len(addresses))(*addresses)
@@ -131,7 +140,7 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_set_threads.argtypes = [c_int]
     core.s4c_linear.argtypes = [POINTER(CLinear), c_void_p, c_int, c_void_p]
     core.s4c_top.argtypes = [c_void_p, *[c_int] * 3, *[c_void_p] * 3]
-    core.s4c_highest.argtypes = [c_void_p, *[c_int] * 2, *[c_void_p] * 4]
+    core.s4c_judge.argtypes = [POINTER(CTrees), c_void_p, c_int, *[c_void_p] * 3]
     core.s4c_noise.argtypes = [c_uint64, c_uint32, c_uint64, c_int, c_void_p]
     core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 4, c_int]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
@@ -183,7 +192,8 @@ def threads() -> int:
     return int(core().s4c_threads())
 
 
-def check(status: int) -> None:
-    """Raise what a call of the core reported."""
+def check(status: int) -> int:
+    """Raise what a call of the core reported, or give it back."""
     if status < 0:
         raise MemoryError("the native runtime is out of memory")
+    return status

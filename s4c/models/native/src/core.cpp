@@ -341,12 +341,12 @@ int s4c_top(const float* x, int count, int columns, int k, float* values, int64_
     });
 }
 
-int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
-                int64_t* indices) {
-    return guarded([&](Core& c) {
-        auto kernel = c.variant->kernels()->highest;
-        c.pool.run([&](Team team) { kernel(x, count, columns, temperatures, noise, values, indices, team); });
+int s4c_judge(const Trees* trees, const float* logits, int columns, int64_t* paths, int64_t* tokens, int64_t* accepted) {
+    int status = guarded([&](Core& c) {
+        auto kernel = c.variant->kernels()->judge;
+        c.pool.run([&](Team team) { kernel(*trees, logits, columns, paths, tokens, accepted, team); });
     });
+    return status < 0 ? status : static_cast<int>(*std::max_element(accepted, accepted + trees->batch));
 }
 
 int s4c_noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out) {

@@ -166,12 +166,24 @@ struct Round {
     const int64_t* const* further_ids;  // [batch], the target's token of each
 };
 
+// Draft trees to be judged, and what their requests ask for.
+struct Trees {
+    int32_t batch, nodes;
+    int32_t levels;               // nodes of the longest path
+    const int64_t* tokens;        // [batch, nodes]
+    const int64_t* parents;       // [batch, nodes]
+    const uint8_t* candidate;     // [batch, nodes]
+    const float* temperatures;    // [batch], 0: greedy
+    const float* const* noise;    // [batch, levels], of the token after a node of that depth; null: none
+};
+
+constexpr int64_t NO_NUMBERS = -1, NOTHING = -2;  // in place of a token: NaN or infinity, or all excluded
+
 struct Kernels {
     void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
     void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
     void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
-    void (*highest)(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
-                    int64_t* indices, Team);
+    void (*judge)(const Trees&, const float* logits, int columns, int64_t* paths, int64_t* tokens, int64_t* accepted, Team);
     void (*noise)(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out, Team);
 };
 
@@ -209,10 +221,12 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out);
 // sum of its exponentials; k is from 1 to MOST_TOP and no more than columns.
 int s4c_top(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals);
 
-// values, indices [count]: where each row of x [count, columns] is highest, divided by its temperature (0: as it is) and with
-// its noise added (null: none); of equals the first, and NaN is above all numbers.
-int s4c_highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
-                int64_t* indices);
+// The coupled rule (s4c/verify/rules.py). From the root of each tree down the candidates that bear the token chosen above
+// them: where the logits [batch, nodes, columns] of a node are highest, divided by the temperature and with the noise added, of
+// equals the first. NO_NUMBERS or NOTHING is chosen where there is no law.
+// paths, tokens [batch, nodes]: the columns of the accepted nodes, the root first, and the tokens chosen there; the last ones
+// are repeated. accepted [batch]. Returns the most accepted nodes of a tree.
+int s4c_judge(const Trees* trees, const float* logits, int columns, int64_t* paths, int64_t* tokens, int64_t* accepted);
 
 // out [size]: the Gumbel noise of a row, see s4c/verify/noise.py.
 int s4c_noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out);

@@ -927,8 +927,8 @@ void top(const float* x, int count, int columns, int k, float* values, int64_t* 
     }
 }
 
-// Where a row is highest, cooled and with noise, and how high: of equals the first, NaN above all.
-void highest_row(const float* x, int columns, float temperature, const float* noise, float* value, int64_t* index) {
+// Where a row is highest, cooled and with noise, of equals the first; or what stands for a token where there is no law.
+int64_t choose(const float* x, int columns, float temperature, const float* noise) {
     constexpr int CHUNK = 16 * LANES;
     float divisor = temperature == 0.0f ? 1.0f : temperature, best = -INFINITY;
     auto at = [&](int i) { return noise ? x[i] / divisor + noise[i] : x[i] / divisor; };
@@ -952,19 +952,32 @@ void highest_row(const float* x, int columns, float temperature, const float* no
     }
     if (std::isnan(sum_lanes(nothing)))  // of NaN or infinity
         for (int i = 0; i < columns; i++)
-            if (std::isnan(at(i))) {
-                *value = at(i), *index = i;
-                return;
-            }
+            if (std::isnan(at(i))) return NO_NUMBERS;
+    if (std::isinf(best)) return best < 0 ? NOTHING : NO_NUMBERS;
     while (at(chunk) != best) chunk++;
-    *value = best, *index = chunk;
+    return chunk;
 }
 
-void highest(const float* x, int count, int columns, const float* temperatures, const float* const* noise, float* values,
-             int64_t* indices, Team team) {
-    Span rows = share(count, team);
-    for (int r = rows.begin; r < rows.end; r++)
-        highest_row(x + static_cast<size_t>(r) * static_cast<size_t>(columns), columns, temperatures[r], noise[r], values + r, indices + r);
+void judge(const Trees& trees, const float* logits, int columns, int64_t* paths, int64_t* tokens, int64_t* accepted, Team team) {
+    Span rows = share(trees.batch, team);
+    for (int b = rows.begin; b < rows.end; b++) {
+        size_t first = static_cast<size_t>(b) * static_cast<size_t>(trees.nodes);
+        const int64_t *drafted = trees.tokens + first, *parents = trees.parents + first;
+        const uint8_t* candidate = trees.candidate + first;
+        int64_t *path = paths + first, *chosen = tokens + first;
+        int node = 0, depth = 0;
+        for (;; depth++) {
+            const float* row = logits + (first + static_cast<size_t>(node)) * static_cast<size_t>(columns);
+            const float* noise = trees.noise ? trees.noise[b * trees.levels + depth] : nullptr;
+            path[depth] = node, chosen[depth] = choose(row, columns, trees.temperatures[b], noise);
+            int child = node + 1;
+            while (child < trees.nodes && !(candidate[child] && parents[child] == node && drafted[child] == chosen[depth])) child++;
+            if (child == trees.nodes) break;
+            node = child;
+        }
+        accepted[b] = depth;
+        for (int i = depth + 1; i < trees.nodes; i++) path[i] = path[depth], chosen[i] = chosen[depth];
+    }
 }
 
 void noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out, Team team) {
@@ -975,7 +988,7 @@ void noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float* o
     }
 }
 
-constexpr Kernels KERNELS = {pass, linear, top, highest, noise};
+constexpr Kernels KERNELS = {pass, linear, top, judge, noise};
 
 }  // namespace
 
