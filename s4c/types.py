@@ -161,7 +161,7 @@ class DraftTree:
     candidate: Tensor
     sampled: Tensor
     log_q: Tensor | None = None
-    belief: Tensor | None = None
+    belief: Tensor | None = field(default_factory=lambda: None)
 
     @property
     def size(self) -> int:

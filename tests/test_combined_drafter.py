@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +106,8 @@ def test_trees_of_fixed_shape_are_added_to(target: str, tree: str) -> None:
 def test_nothing_is_added_to_a_sampled_tree(target: str) -> None:
     class Sampled(Fixed):
         def propose(self, sequences: Sequences) -> DraftTree:
-            return replace(super().propose(sequences), sampled=torch.ones(1, dtype=torch.bool))
+            tree = super().propose(sequences)
+            return DraftTree(tree.tokens, tree.parents, tree.candidate, torch.ones(1, dtype=torch.bool))
 
     drafter = CombinedDrafter(Sampled([1]), Fixed([2, 3]))
     sequences = Sequences([[5, 6]], torch.tensor([6]), torch.tensor([1]), None, True, TreePlan.parse("chain:3"))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from s4c.engine import costs as costs_module
 from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, POOL, CostPlanner, plans_by_levels
 from s4c.models.loading import load_target
-from s4c.types import Verdict
+from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import from_paths, merge
 
 FLAT = {1: 0.016, 8: 0.019, 16: 0.023, 32: 0.045}
@@ -170,15 +170,15 @@ def test_the_tree_is_the_best_of_all_subtrees(
 
 def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
     tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.5, 0.25, 0.12, 0.06]])
-    for step, size in ((0.0, 5), (0.05, 4), (0.1, 3), (0.2, 2), (0.6, 1)):
+    for step, size in ((0.0, 5), (0.05, 4), (0.1, 3), (0.21, 2), (0.6, 1)):
         planner = CostPlanner(Costs({n: 1 + step * (n - 1) for n in range(1, 9)}, dict.fromkeys(LEVELS, 0.0)))
         planner.plan([CONTEXT])
         assert planner.prune(tree).size == size
 
 
 def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
-    tree = from_paths(torch.tensor([7]), [[[1, 2]]], 9)
-    tree.belief = None
+    guessed = from_paths(torch.tensor([7]), [[[1, 2]]], 9)
+    tree = DraftTree(guessed.tokens, guessed.parents, guessed.candidate, guessed.sampled)
     planner = CostPlanner(Costs({1: 1.0, 32: 100.0}, LEVELS))
     planner.plan([CONTEXT])
     assert planner.prune(tree) is tree

@@ -87,8 +87,10 @@ def predicted(model: S4CModel, target: Any, line: list[int], features: torch.Ten
     ids, rows = torch.cat([model.token_ids, more]), target.head_weight(more).float()
     with torch.no_grad():
         heads = model.predictions(batch)[: len(drafted)]
-        outputs = [(head, head.hidden[0, root + level]) for level, head in enumerate(heads)]
-        logits = [torch.cat([head.logits(hidden), rows @ hidden]) for head, hidden in outputs]
+        logits = []
+        for at, head in enumerate(heads, root):
+            assert head.features is not None
+            logits.append(torch.cat([head.logits(head.hidden[0, at]), rows @ head.features[0, at]]))
         return [int(ids[row.argmax()]) for row in logits]
 
 
@@ -279,7 +281,7 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
     rank = min(full.shape)
     model = S4CModel(target, S4CConfig(head_dim=8, lm_head="low-rank", rank=rank), torch.arange(64))
     hidden = torch.randn(5, full.shape[1])
-    assert torch.allclose(model.logits(hidden), hidden @ full.T, atol=1e-3)
+    assert torch.allclose(model.narrowed(hidden) @ model.head().T, hidden @ full.T, atol=1e-3)
 
 
 @pytest.mark.parametrize(

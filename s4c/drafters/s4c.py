@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from s4c.drafters.base import (
     Drafter,
@@ -40,7 +41,7 @@ from s4c.drafters.base import (
     finish,
     noise_by_level,
 )
-from s4c.drafters.rows import Rows
+from s4c.drafters.rows import Rows, padded
 from s4c.drafters.vocabulary import ContextVocabulary
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
@@ -272,13 +273,13 @@ class _Slot:
 
     Attributes:
         tokens: accepted tokens; the root follows them, and only the next round names it.
-        features: [m, d (1 + taps)], the target's one position before each of the tokens and the root.
+        features: in parts [.., d (1 + taps)], the target's one position before each of the tokens and the root.
         carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
         past: the target's features one position before all tokens that the heads may have to take in anew, in parts.
     """
 
     tokens: list[int]
-    features: Tensor
+    features: list[Tensor]
     carry: Tensor
     past: list[Tensor]
 
@@ -346,21 +347,21 @@ class S4CDrafter(Drafter):
         for stack in self._stacks:
             stack.lengths[slot] = 0
         before = self._blend(features)
-        state = _Slot([], features[-1:], before.new_zeros(len(self._stacks) - 1, before.shape[1]), [features])
+        state = _Slot([], [], before.new_zeros(len(self._stacks) - 1, before.shape[1]), [features])
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK]
             rows = Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
             self._settle([state], rows.counts, self._carry(rows, outputs), slot)
-        state.features = features[-1:]
+        state.features = [features[-1:]]
         self._slots[slot] = state
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
         for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
-            if self._stacks[0].lengths[slot] + len(self._slots[slot].features) > 2 * self.config.window:
+            if self._stacks[0].lengths[slot] + len(self._slots[slot].tokens) >= 2 * self.config.window:
                 text = torch.tensor(line[-1 - self.config.window : -1], dtype=torch.int64, device=self.device)
                 self._take_in(slot, text, torch.cat(self._slots[slot].past))
         states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
@@ -368,16 +369,16 @@ class S4CDrafter(Drafter):
             for state, root in zip(states, sequences.roots.tolist(), strict=True):
                 state.tokens = [*state.tokens, root]
             return root_only(sequences.roots)
-        rows, features = self._catch_up(states, sequences.roots)
+        tokens, counts, features = self._unread(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
-            tree = self._native.grow(plan, rows.tokens, rows.counts, features, carry, temperatures, noise, further)
+            tree = self._native.grow(plan, tokens, counts, features, carry, temperatures, noise, further)
         else:
-            tree, carry = self._grow(sequences, plan, rows, features, carry)
-        self._settle(states, rows.counts, carry, 0)
+            tree, carry = self._grow(sequences, plan, Rows(tokens, counts), features, carry)
+        self._settle(states, counts, carry, 0)
         return tree
 
     def _grow(
@@ -414,7 +415,7 @@ class S4CDrafter(Drafter):
             state = self._slots[slot]
             state.tokens = state.tokens + tokens[:count]
             new = output.features[slot, verdict.path[slot, : count + 1]].float()
-            state.features = torch.cat([state.features, new])
+            state.features.append(new)
             state.past.append(new)
 
     def move(self, source: int, destination: int) -> None:
@@ -424,15 +425,14 @@ class S4CDrafter(Drafter):
         if self._context is not None:
             self._context.move(source, destination)
 
-    def _catch_up(self, states: list[_Slot], roots: Tensor) -> tuple[Rows, Tensor]:
-        """The committed rows of a round, and what head 1 reads of the target there, [B, M, d]."""
+    def _unread(self, states: list[_Slot], roots: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """The text that the heads have not taken in yet, its lengths, and what head 1 reads there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
         if self._context is not None:
             for slot, line in enumerate(lines):
                 self._context.add(slot, line)
-        rows = Rows.of(lines, self.device)
-        features = torch.stack([F.pad(s.features, (0, 0, 0, rows.text - s.features.shape[0])) for s in states])
-        return rows, self._blend(features)
+        features = [torch.cat(s.features) if len(s.features) > 1 else s.features[0] for s in states]
+        return *padded(lines, self.device), self._blend(pad_sequence(features, batch_first=True))
 
     def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.
@@ -470,7 +470,7 @@ class S4CDrafter(Drafter):
             for stack in self._stacks:
                 stack.keep(first_slot + offset, list(range(count)))
             state.carry = carry[offset]
-            state.tokens, state.features = [], state.features[:0]
+            state.tokens, state.features = [], []
 
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:

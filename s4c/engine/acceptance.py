@@ -110,8 +110,9 @@ class Acceptance:
         self._shares: dict[Cell, Share] = {}
 
     def read(self, tree: DraftTree) -> list[Row]:
-        """The nodes of a tree whose beliefs are known, with their calibrated chances."""
-        return [self._row(*line) for line in lines(tree)]
+        """The nodes of a tree, with their calibrated chances; nothing where no drafter says what it believes."""
+        rows = lines(tree)
+        return [self._row(*row) for row in rows] if rows[0][3] else []
 
     def chance(self, cell: Cell, law: float) -> float:
         """The calibrated chance of a node whose parent is accepted."""

@@ -42,7 +42,7 @@ from typing import Protocol
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
 from s4c.engine.costs import CONTEXT, Costs
 from s4c.types import DraftTree, Verdict
-from s4c.verify.tree import TreePlan, pruned
+from s4c.verify.tree import TreePlan, lines, pruned
 
 NAME = "plan"
 """What users write in place of a tree."""
@@ -149,19 +149,20 @@ class CostPlanner:
 
     def beside(self, other: DraftTree) -> TreePlan:
         """The plan for a drafter whose tree that one is to be merged into."""
-        return self._decide([] if other.belief is None else self.acceptance.read(other))
+        return self._decide(self.acceptance.read(other))
 
     def prune(self, tree: DraftTree) -> DraftTree:
         now = self._round
         if now.rows is not None:  # its candidates have been chosen, and probes hang below them
             return tree
         now.size, now.told = tree.size, now.levels
-        if tree.belief is None:
+        believing = len(lines(tree)[0][3])
+        if not believing:
             return tree
         now.rows = self.acceptance.read(tree)
         if self.probes:  # it was drafted by the probes of the round before, whether or not there are any now
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
-        now.first = 1 << (tree.belief.shape[1] - 1)
+        now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]

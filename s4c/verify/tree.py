@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ def listed_depths(parents: Sequence[int]) -> list[int]:
     return found
 
 
+Line = tuple[list[int], list[int], list[bool], list[list[float]]]
+"""Of one sequence's tree the tokens, parents and candidates by node, and the beliefs by drafter and node."""
+
+_PARTS = ("tokens", "parents", "candidate", "belief")
+
+
 def root_only(roots: Tensor) -> DraftTree:
     """The tree of plain decoding: no candidates."""
     shape = (roots.shape[0], 1)
@@ -101,8 +108,8 @@ def from_paths(
                     node = row.add(node, token, budget)
                     if node is not None and math.isnan(row.belief[0][node]):
                         row.belief[0][node] = belief
-        rows.append(row)
-    return _tree_of(rows, roots.device)
+        rows.append(row.line)
+    return ListedTree(rows, roots.device)
 
 
 class _Row:
@@ -114,6 +121,11 @@ class _Row:
         for column, key in enumerate(zip(parents, tokens, strict=True)):
             if candidate[column]:
                 self._child.setdefault(key, column)
+
+    @property
+    def line(self) -> Line:
+        """Its nodes."""
+        return self.tokens, self.parents, self.candidate, self.belief
 
     def add(self, parent: int, token: int, budget: int) -> int | None:
         """The column of that child, a new candidate where there is none; None where the budget allows no more."""
@@ -130,21 +142,53 @@ class _Row:
         return self._child[key]
 
 
-def _tree_of(rows: Sequence[_Row], device: torch.device) -> DraftTree:
-    """Rows of unequal length, padded by nodes that are no candidates; none is sampled."""
-    size = max(len(row.tokens) for row in rows)
+class ListedTree(DraftTree):
+    """A draft tree made of lists, none of its rows sampled.
 
-    def padded(name: str, fill: int | bool) -> Tensor:
-        lines = [getattr(row, name) for row in rows]
-        return torch.tensor([line + [fill] * (size - len(line)) for line in lines], device=device)
+    A tensor of it is made when it is first asked for: on its way between drafters and planner it needs none.
 
-    beliefs = [[line + [math.nan] * (size - len(line)) for line in row.belief] for row in rows]
-    return DraftTree(
-        tokens=padded("tokens", 0),
-        parents=padded("parents", 0),
-        candidate=padded("candidate", False),
-        sampled=torch.zeros(len(rows), dtype=torch.bool, device=device),
-        belief=torch.tensor(beliefs, dtype=torch.float32, device=device) if rows[0].belief else None,
+    Args:
+        rows: of the sequences; the shorter ones are padded by nodes that are no candidates.
+        device: of the tensors.
+    """
+
+    def __init__(self, rows: Sequence[Line], device: torch.device) -> None:
+        self.log_q = None
+        self._device = device
+        self._size = max(len(tokens) for tokens, *_ in rows)
+        self._rows = [_padded(row, self._size) for row in rows]
+        if not rows[0][3]:
+            self.belief = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampled":
+            made = torch.zeros(len(self._rows), dtype=torch.bool, device=self._device)
+        elif name in _PARTS:
+            made = torch.tensor([row[_PARTS.index(name)] for row in self._rows], device=self._device)
+        else:
+            raise AttributeError(f"a draft tree has no {name}")
+        setattr(self, name, made)
+        return made
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def lines(self) -> list[Line]:
+        """See `lines`."""
+        return self._rows
+
+
+def _padded(row: Line, size: int) -> Line:
+    tokens, parents, candidate, beliefs = row
+    more = size - len(tokens)
+    if not more:
+        return row
+    return (
+        tokens + [0] * more,
+        parents + [0] * more,
+        candidate + [False] * more,
+        [b + [math.nan] * more for b in beliefs],
     )
 
 
@@ -157,20 +201,21 @@ def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
         budget: most nodes of the outcome, no fewer than those of `tree`.
     """
     rows = []
-    known = tree.belief is not None and other.belief is not None
-    for (tokens, parents, candidate, belief), (*beside, beliefs) in zip(lines(tree), lines(other), strict=True):
+    ours, theirs = lines(tree), lines(other)
+    known = bool(ours[0][3] and theirs[0][3])
+    for (tokens, parents, candidate, belief), (*beside, beliefs) in zip(ours, theirs, strict=True):
         unknown = [[0.0] + [math.nan] * (tree.size - 1) for _ in beliefs]
-        row = _Row(tokens, parents, candidate, belief + unknown if known else [])
+        row = _Row(tokens[:], parents[:], candidate[:], [line[:] for line in belief] + unknown if known else [])
         place: dict[int, int | None] = {0: 0}
         for column, (token, parent, is_candidate) in enumerate(zip(*beside, strict=True)):
             above = place.get(parent)
             if is_candidate and above is not None:
                 place[column] = node = row.add(above, token, budget)
-                for line, theirs in zip(row.belief[len(belief) :], beliefs, strict=False):
+                for line, believed in zip(row.belief[len(belief) :], beliefs, strict=False):
                     if node is not None:
-                        line[node] = theirs[column]
-        rows.append(row)
-    return _tree_of(rows, tree.tokens.device)
+                        line[node] = believed[column]
+        rows.append(row.line)
+    return ListedTree(rows, tree.tokens.device)
 
 
 def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
@@ -185,14 +230,16 @@ def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
         place = {column: index for index, column in enumerate(columns)}
         above = [-1, *(place[parents[column]] for column in columns[1:])]
         thoughts = [[line[column] for column in columns] for line in belief]
-        rows.append(_Row([tokens[c] for c in columns], above, [candidate[c] for c in columns], thoughts))
-    return _tree_of(rows, tree.tokens.device)
+        rows.append(([tokens[c] for c in columns], above, [candidate[c] for c in columns], thoughts))
+    return ListedTree(rows, tree.tokens.device)
 
 
-def lines(tree: DraftTree) -> Iterator[tuple[list[int], list[int], list[bool], list[list[float]]]]:
-    """Tokens, parents, candidates and beliefs of each row, as lists."""
+def lines(tree: DraftTree) -> list[Line]:
+    """Tokens, parents, candidates and beliefs of each row, as lists that are not to be changed."""
+    if isinstance(tree, ListedTree):
+        return tree.lines()
     beliefs = [[]] * tree.tokens.shape[0] if tree.belief is None else tree.belief.tolist()
-    yield from zip(tree.tokens.tolist(), tree.parents.tolist(), tree.candidate.tolist(), beliefs, strict=True)
+    return list(zip(tree.tokens.tolist(), tree.parents.tolist(), tree.candidate.tolist(), beliefs, strict=True))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #include "core.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -246,7 +247,9 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
                     carry.data(), temperatures + first, rows.data(), further + first, further_ids + first};
         std::vector<int64_t> out(static_cast<size_t>(2 * batch * plan.nodes));
         Floats path(static_cast<size_t>(batch * plan.nodes));
-        CHECK(s4c_draft(&heads, &plan, &round, plan.nodes, out.data(), out.data() + batch * plan.nodes, path.data()) == plan.nodes);
+        std::vector<uint8_t> candidate(path.size());
+        CHECK(s4c_draft(&heads, &plan, &round, plan.nodes, out.data(), out.data() + batch * plan.nodes, path.data(), candidate.data()) == plan.nodes);
+        for (size_t i = 0; i < path.size(); i++) CHECK(candidate[i] == (i % static_cast<size_t>(plan.nodes) && std::isfinite(path[i])));
         return out;
     };
     auto both = draft(0, 2);

@@ -16,7 +16,8 @@ from s4c.models.native.rows import MOST_TOP
 from s4c.models.native.stack import NativeStack
 from s4c.models.stack import Stack
 from s4c.types import DraftTree
-from s4c.verify.tree import EXPANDED_PER_LEVEL, TreePlan
+from s4c.verify.noise import CPU
+from s4c.verify.tree import EXPANDED_PER_LEVEL, ListedTree, TreePlan
 
 
 class NativeDraft:
@@ -100,18 +101,19 @@ class NativeDraft:
         counted, committed, *rest = (ctypes.cast(array, ctypes.c_void_p) for array in held)
         shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
         addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), *rest
-        out = torch.empty(2, batch * most, dtype=torch.int64), torch.empty(batch * most)
+        room = batch * most
+        drafted, parents = (ctypes.c_int64 * room)(), (ctypes.c_int64 * room)()
+        paths, candidate = (ctypes.c_float * room)(), (ctypes.c_bool * room)()
         size = library.core().s4c_draft(
             ctypes.byref(self._heads),
             ctypes.byref(shape),
             ctypes.byref(CRound(batch, longest, *addresses)),
             most,
-            out[0][0].data_ptr(),
-            out[0][1].data_ptr(),
-            out[1].data_ptr(),
+            drafted,
+            parents,
+            paths,
+            candidate,
         )
         library.check(size)
-        drafted, parents, path = (part[: batch * size].view(batch, size) for part in (*out[0], out[1]))
-        candidate = path.isfinite()
-        candidate[:, 0] = False
-        return DraftTree(drafted, parents, candidate, torch.zeros(batch, dtype=torch.bool), belief=path[:, None])
+        rows = (slice(b * size, (b + 1) * size) for b in range(batch))
+        return ListedTree([(drafted[row], parents[row], candidate[row], [paths[row]]) for row in rows], CPU)

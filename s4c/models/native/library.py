@@ -144,7 +144,7 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_noise.argtypes = [c_uint64, c_uint32, c_uint64, c_int, c_void_p]
     core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 4, c_int]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
-    core.s4c_draft.argtypes = [POINTER(CHeads), POINTER(CPlan), POINTER(CRound), c_int, *[c_void_p] * 3]
+    core.s4c_draft.argtypes = [POINTER(CHeads), POINTER(CPlan), POINTER(CRound), c_int, *[c_void_p] * 4]
     names = _names(core)
     if wanted and wanted not in names:
         raise ValueError(f"{SWITCH} is {wanted!r}; on this machine it must be one of {', '.join(names)}, off")

@@ -234,8 +234,9 @@ int s4c_noise(uint64_t seed, uint32_t stream, uint64_t position, int size, float
 // Moves rows `start + rows[i]` of a slot to `start + i`; rows ascend.
 void s4c_keep(const Cache* cache, int layers, int heads, int head_dim, int slot, int start, const int32_t* rows, int count);
 
-// A tree for each sequence: tokens, parents and paths (log-probabilities) [batch, size] of room for `most` columns; the
-// size, or -1. The rows of the round stand uncommitted in the caches, which have room for them.
-int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path);
+// A tree for each sequence: tokens, parents, paths (log-probabilities) and whether a node is a candidate, [batch, size] of room
+// for `most` columns; the size, or -1. The rows of the round stand uncommitted in the caches, which have room for them.
+int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path,
+              uint8_t* candidate);
 
 }  // extern "C"

@@ -74,18 +74,19 @@ class Drafting {
     }
 
     // The trees, in arrays of `most` columns; the number of columns used.
-    int write(int most, int64_t* tokens, int64_t* parents, float* path) const {
+    int write(int most, int64_t* tokens, int64_t* parents, float* path, uint8_t* candidate) const {
         int size = std::min(trees_[0].size(), most);
         for (const Tree& tree : trees_) {
             std::vector<int> kept = tree.best(0, tree.size(), size);
             std::sort(kept.begin(), kept.end());
             std::vector<int64_t> place(static_cast<size_t>(tree.size()), -1);
-            for (int column = 0; column < size; column++, tokens++, parents++, path++) {
+            for (int column = 0; column < size; column++, tokens++, parents++, path++, candidate++) {
                 int node = kept[static_cast<size_t>(column)];
                 place[static_cast<size_t>(node)] = column;
                 *tokens = Tree::at(tree.tokens, node);
                 *parents = node ? place[static_cast<size_t>(Tree::at(tree.parents, node))] : -1;
                 *path = Tree::at(tree.path, node);
+                *candidate = node && std::isfinite(*path);
             }
         }
         return size;
@@ -298,11 +299,12 @@ class Drafting {
 
 }  // namespace
 
-int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path) {
+int s4c_draft(const Heads* heads, const Plan* plan, const Round* round, int most, int64_t* tokens, int64_t* parents, float* path,
+              uint8_t* candidate) {
     try {
         Drafting drafting(*heads, *plan, *round);
         drafting.run();
-        return drafting.write(most, tokens, parents, path);
+        return drafting.write(most, tokens, parents, path, candidate);
     } catch (const std::bad_alloc&) {
         return -1;
     }
