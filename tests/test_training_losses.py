@@ -178,6 +178,30 @@ def test_a_step_that_looks_at_some_tokens_has_the_laws_given_these(term: str) ->
     assert peak[lesson.columns].min() >= peak[left_out].max()
 
 
+@pytest.mark.parametrize("most", [0, 4])
+def test_tokens_of_the_text_beyond_the_draft_vocabulary_are_looked_at_too(most: int) -> None:
+    batch = random_batch()
+    target = TinyTarget()
+    head = target.head_weight(IDS)
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    lesson = Lesson.of(batch, IDS, head, most=most, beyond=target.head_weight)
+    text = {int(t) for row, n in zip(batch.tokens, batch.length, strict=True) for t in row[:n]}
+    unknown = sorted(text - set(IDS.tolist()))
+    looked_at = [*(IDS if lesson.columns is None else IDS[lesson.columns]).tolist(), *unknown]
+    assert len(unknown) > 1
+    rows = target.head_weight(torch.tensor(looked_at))
+    law = (batch.features[lesson.row, lesson.position] @ rows.T).softmax(-1)
+    torch.testing.assert_close(lesson.law, law)
+    for row, position, column in zip(lesson.row, lesson.position, lesson.column.tolist(), strict=True):
+        token = int(batch.tokens[row, position + 1])
+        assert column == (looked_at.index(token) if token in looked_at else -1)
+    log_q = (hidden[lesson.row, lesson.position] @ rows.T).log_softmax(-1)
+    teacher = head_loss(Prediction(hidden, head, hidden, 1), lesson).teacher
+    torch.testing.assert_close(teacher, -(law * log_q).sum(-1).mean())
+    expected = torch.autograd.grad(-(law * log_q).sum(-1).mean(), hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(teacher, hidden)[0], expected)
+
+
 def test_true_tokens_outside_the_draft_vocabulary_are_masked() -> None:
     batch = random_batch()
     batch.tokens.fill_(4)

@@ -157,12 +157,14 @@ class DraftModel(nn.Module, ABC):
         config: a dataclass of plain values; it becomes the config.json of the checkpoint.
         token_ids: [V'] int64 buffer, ascending: the target's token of each column of the drafter's logits.
         taps: layers of the target, ascending, whose hidden states it reads beside the feature.
+        beyond: whether it may draft tokens of a sequence's text beyond its vocabulary, by the target's own rows.
         additions: names of parts that change nothing until they are trained: a model may start from one without them.
     """
 
     config: Any
     token_ids: Tensor
     taps: tuple[int, ...] = ()
+    beyond: bool = False
     additions: tuple[str, ...] = ()
 
     @abstractmethod

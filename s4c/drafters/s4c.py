@@ -177,6 +177,7 @@ class S4CModel(DraftModel):
             raise ValueError(f"taps is {config.taps!r}; they must be below {target.layers}, the layers of the target")
         self.config = config
         self.taps = config.tapped
+        self.beyond = bool(config.context_vocab) and config.lm_head == "tied"
         self.shape = config.layer_shape(target.spec.hidden_size)
         self.heads = nn.ModuleList(S4CHead(config, self.shape) for _ in range(config.heads))
         self.register_buffer("token_ids", token_ids)
@@ -322,9 +323,8 @@ class S4CDrafter(Drafter):
             pack(part, dtype, native)
         self._native = NativeDraft(self._stacks, self.lm_head, self._embedding, self.token_ids) if native else None
         self._select = native_top_and_total if native else None
-        reduced = self.token_ids.shape[0] < target.spec.vocab_size and self.config.lm_head == "tied"
         self._context: ContextVocabulary | None = None
-        if reduced and self.config.context_vocab:
+        if model.beyond and self.token_ids.shape[0] < target.spec.vocab_size:
             self._context = ContextVocabulary(target, self.token_ids, self.config.context_vocab)
         self._slots: dict[int, _Slot] = {}
 

@@ -17,11 +17,15 @@ Over a reduced draft vocabulary the teacher's law is the target's given that the
 look at fewer still, the tokens that the target finds most probable anywhere in its batch: both laws are then those
 given that the token is one of these. A drafter that has the target's law has it given any set of tokens, so the
 optimum stays, and most of what an LM head costs in training is saved.
+
+A drafter that reads the target's own LM head may draft tokens of its sequence's text beyond its vocabulary, so those
+that stand in the batch are looked at as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s4c.drafters.base import DraftModel, Prediction, TrainingBatch
+
+HeadRows = Callable[[Tensor], Tensor]
+"""Tokens [E] int64 to the rows [E, d] of the target's LM head."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,11 @@ class Lesson:
         row: [M] int64.
         position: [M] int64, u: the position of the feature; the token is that at u + 1.
         column: [M] int64, the column of the true token in the law, -1 where it has none.
-        law: [M, S] float32, the target's law given the tokens that are looked at.
+        law: [M, S + E] float32, the target's law given the tokens that are looked at.
         feature: [M, d] float32.
         columns: [S] int64, ascending, the columns of the draft vocabulary that are looked at; None for all of them.
+        further: [E, d], the LM head's rows for tokens beyond the draft vocabulary that are looked at, the last ones of
+            the law; None where there are none.
     """
 
     row: Tensor
@@ -80,11 +89,18 @@ class Lesson:
     law: Tensor
     feature: Tensor
     columns: Tensor | None = None
+    further: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls, batch: TrainingBatch, token_ids: Tensor, head: Tensor, wanted: Tensor | None = None, most: int = 0
+        cls,
+        batch: TrainingBatch,
+        token_ids: Tensor,
+        head: Tensor,
+        wanted: Tensor | None = None,
+        most: int = 0,
+        beyond: HeadRows | None = None,
     ) -> Lesson:
         """Compute once for a batch what all heads are taught.
 
@@ -94,19 +110,40 @@ class Lesson:
             head: [V', d], the rows of the target's LM head for these tokens.
             wanted: [B, T] bool, the positions that are wanted; None for all of them.
             most: S, how many tokens of the draft vocabulary to look at; 0 for all of them.
+            beyond: gives the LM head's rows of tokens, to look at those of the text that the draft vocabulary lacks.
         """
         counts = answered(batch)
         if wanted is not None:
             counts &= wanted
         row, position = counts.nonzero(as_tuple=True)
         feature = batch.features[row, position, : head.shape[1]]
+        tokens = batch.tokens[row, position + 1]
+        column = columns_of(tokens, token_ids)
+        further = None
+        if beyond is not None and len(unknown := _unknown(batch, token_ids)):
+            further = beyond(unknown).detach().to(head.dtype)
+            column = torch.where(column < 0, _shifted(columns_of(tokens, unknown), len(token_ids)), column)
+            head = torch.cat([head, further])
         law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
-        column = columns_of(batch.tokens[row, position + 1], token_ids)
         if not 0 < most < len(token_ids) or not len(row):
-            return cls(row, position, column, law, feature)
-        columns = law.amax(0).topk(most).indices.sort().values
-        law = law[:, columns]
-        return cls(row, position, columns_of(column, columns), law / law.sum(-1, keepdim=True), feature, columns)
+            return cls(row, position, column, law, feature, None, further)
+        columns = law[:, : len(token_ids)].amax(0).topk(most).indices.sort().values
+        kept = torch.cat([columns, torch.arange(len(token_ids), len(head), device=columns.device)])
+        law = law[:, kept]
+        return cls(row, position, columns_of(column, kept), law / law.sum(-1, keepdim=True), feature, columns, further)
+
+
+def _unknown(batch: TrainingBatch, token_ids: Tensor) -> Tensor:
+    """[E] int64, ascending: tokens of a batch that the draft vocabulary lacks."""
+    text = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.length[:, None]
+    tokens = batch.tokens[text].unique()
+    unknown: Tensor = tokens[columns_of(tokens, token_ids) < 0]
+    return unknown
+
+
+def _shifted(column: Tensor, by: int) -> Tensor:
+    """Columns further right; -1 stays."""
+    return torch.where(column < 0, column, column + by)
 
 
 def answered(batch: TrainingBatch) -> Tensor:
@@ -180,7 +217,10 @@ def head_loss(
     if not exists.all():
         row, at, column, law, feature, weight = (x[exists] for x in (row, at, column, law, feature, weight))
     with casting(lesson.law.device, autocast):
-        logits = prediction.logits(prediction.hidden[row, at], lesson.columns)
+        hidden = prediction.hidden[row, at]
+        logits = prediction.logits(hidden, lesson.columns)
+        if lesson.further is not None:
+            logits = torch.cat([logits, F.linear(hidden.to(lesson.further.dtype), lesson.further).float()], -1)
     lm, teacher, acceptance, accepted = law_losses(logits, column, law, weight)
     smooth = logits.new_zeros(())
     if prediction.features is not None:
@@ -296,6 +336,7 @@ class CompositeLoss(nn.Module):
         weights: of the terms.
         autocast: half precision of the drafter's matrix products; None for the dtype of its weights.
         most: tokens of the draft vocabulary to look at in a step; 0 for all of them.
+        beyond: gives rows of the target's LM head, for a model that may draft tokens beyond its vocabulary; else None.
     """
 
     head: Tensor
@@ -307,12 +348,14 @@ class CompositeLoss(nn.Module):
         weights: LossWeights,
         autocast: torch.dtype | None = None,
         most: int = 0,
+        beyond: HeadRows | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
         self.autocast = autocast
         self.most = most
+        self.beyond = beyond
         self.register_buffer("head", head, persistent=False)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -320,7 +363,7 @@ class CompositeLoss(nn.Module):
         with casting(self.head.device, self.autocast):
             predictions = self.model.predictions(batch)
         heads = [prediction for prediction in predictions if prediction.weight is None]
-        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most)
+        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most, self.beyond)
         losses = self._head_losses(heads, lesson)
         depth = torch.tensor([self.weights.depth**i for i in range(len(losses))], device=self.head.device)
         loss = torch.dot(torch.stack([head.weighted(self.weights) for head in losses]), shares(depth))

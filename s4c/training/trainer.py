@@ -222,6 +222,7 @@ class Trainer:
             config.weights,
             AUTOCAST[config.autocast],
             config.step_vocab,
+            target.head_weight if model.beyond else None,
         )
         self.optimizer = _optimizer(model, config)
         greedy = [row for row in held if row.temperature == 0]
