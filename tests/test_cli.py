@@ -447,6 +447,21 @@ def test_the_target_writes_its_own_prompts(target: str, tmp_path: Path) -> None:
     assert [json.loads(line)["source"] for line in out.read_text().splitlines()] == ["self", "self"]
 
 
+def test_training_finds_what_the_target_thought_while_it_wrote(target: str, tmp_path: Path) -> None:
+    prompts, out, store = tmp_path / "prompts.txt", tmp_path / "text.jsonl", tmp_path / "features"
+    prompts.write_text("".join(f"question {number}\n" for number in range(7)))
+    written = ("--prompts", prompts, "--out", out, "--max-new-tokens", 9, "--batch", 3, "--features", store)
+    assert "holds 7 rows" in run("distill", "--target", target, *written, "--threads", 1).stderr
+    (index,) = store.glob("*/rows.jsonl")
+    before = index.read_bytes()
+    assert len(before.splitlines()) == 7
+    args = ("--data", out, "--out", tmp_path / "run", "--cache", store, *SMALL, "--steps", 2, "--step-vocab", 50)
+    run("train", "--target", target, *args)
+    assert index.read_bytes() == before
+    refused = run("distill", "--target", target, *written, "--drafter", "ngram", code=2).stderr
+    assert "leave --drafter ngram out" in refused
+
+
 def test_a_distillation_that_is_interrupted_says_how_to_go_on(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

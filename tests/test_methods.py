@@ -88,8 +88,7 @@ def write(llm: LLM, drafter: str | Drafter, params: SamplingParams, tree: str = 
 def test_drafting_is_the_training_pass(llm: LLM, method: str) -> None:
     """Round after round, whatever was accepted: each drafted token is the first of the head that drafts its level."""
     model = model_of(method, llm.target, torch.arange(0, 64, 2)).eval()
-    if hasattr(model.config, "context_vocab"):  # what that adds has tests of its own
-        model.config = replace(model.config, context_vocab=0)
+    model.beyond = False  # what that adds has tests of its own
     run = Run(llm.target, model.drafter(llm.target, torch.float32), PROMPTS, "chain:2")
     for _ in range(4):
         scores, tree = run.propose()

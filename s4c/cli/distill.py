@@ -17,6 +17,7 @@ from s4c.cli import options
 if TYPE_CHECKING:
     from s4c.engine.llm import LLM
     from s4c.training.distill import DistillConfig, DistillResult, Generate, TokenPrompt
+    from s4c.training.features import Recording
     from s4c.types import SamplingParams
 
 
@@ -42,6 +43,14 @@ def distill(
     ] = "0,0.8,1.0",
     batch: Annotated[int, typer.Option(help="Answers to write at once.")] = 32,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which to keep what the target thought while it wrote: the --cache of `s4c train` with the "
+            "same --dtype, which then need not compute it.",
+            show_default="not kept",
+        ),
+    ] = None,
     target: options.Target = options.DEFAULT_TARGET,
     drafter: options.Drafter = "none",
     dtype: options.Dtype = "auto",
@@ -56,6 +65,8 @@ def distill(
         raise ValueError(f"--count is {count}; it must be at least 1")
     if prompts is None and count is None:
         raise ValueError("without --prompts the target writes its own: say with --count how many rows it is to write")
+    if features is not None and drafter != "none":
+        raise ValueError(f"--features is kept in plain decoding; leave --drafter {drafter} out")
     options.start()
     from s4c.training.data import read_prompts
     from s4c.training.distill import DistillConfig
@@ -72,6 +83,7 @@ def distill(
         context_length=context_length,
         max_batch=batch,
     )
+    recording = None if features is None else _record(llm, features)
     try:
         if texts is None:
             assert count is not None
@@ -83,11 +95,23 @@ def distill(
     except KeyboardInterrupt:
         typer.echo(f"s4c: stopped; the rows in {out} are whole, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
+    finally:
+        if recording is not None:
+            recording.close()
     left_out = f", {result.too_long} prompts were too long" if result.too_long else ""
     typer.echo(
         f"s4c: {out} holds {result.rows} rows, {result.new_rows} of them new ({result.new_tokens} tokens){left_out}",
         err=True,
     )
+
+
+def _record(llm: LLM, folder: Path) -> Recording:
+    """Let the engine keep the target's features in a store."""
+    from s4c.training.features import FeatureStore, Recording
+
+    recording = Recording(FeatureStore(folder, llm.target))
+    llm.use(recording)
+    return recording
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

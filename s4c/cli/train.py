@@ -64,7 +64,7 @@ def train(
     batch_tokens: Annotated[int | None, _setting("4096", "Most tokens of a batch, padding included.")] = None,
     max_length: Annotated[int | None, _setting("512", "Rows are cut to so many tokens.")] = None,
     step_vocab: Annotated[
-        int | None, _setting("0, all", "Tokens of the draft vocabulary that a step looks at.")
+        int | None, _setting("0", "Tokens of the draft vocabulary that a step looks at; 0: all.")
     ] = None,
     autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16, float16.")] = None,
     features: Annotated[str | None, _setting("cache", "Target's features: cache (on disk) or fly (anew).")] = None,
