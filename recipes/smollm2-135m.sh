@@ -15,7 +15,7 @@ target=${TARGET:-smollm2-135m}
 seconds=${SECONDS_TO_TRAIN:-3000}
 mkdir -p "$folder"
 
-text=(--target "$target" --dtype bfloat16 --max-new-tokens 192 --temperatures 0,0,0.8,1 --batch 64)
+text=(--target "$target" --dtype bfloat16 --max-new-tokens 192 --temperatures 0,0,0.8,1 --batch 64 --features "$folder/features")
 data=()
 for prompts in "$here/prompts.jsonl" "$@"; do
     answers="$folder/answers-$(basename "$prompts")"
@@ -29,8 +29,8 @@ resume=()
 [ -d "$folder/run/steps" ] && resume=(--resume)
 [ -n "${START_FROM:-}" ] && resume+=(--init "$START_FROM")
 s4c train --method s4c --target "$target" --dtype bfloat16 --autocast bfloat16 "${data[@]}" --out "$folder/run" \
-    --set draft_vocab=10240 --batch-tokens 2048 --learning-rate 1e-3 --warmup-steps 60 \
-    --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"
+    --cache "$folder/features" --set heads=2 --set draft_vocab=10240 --batch-tokens 2048 --step-vocab 2048 \
+    --learning-rate 1e-3 --warmup-steps 60 --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"
 
 s4c eval --target "$target" --drafter "$folder/run/best" "${data[@]}" --held-out 0.02
 echo "to ship it: cp -r $folder/run/best s4c/shipped/smollm2-135m"

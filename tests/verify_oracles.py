@@ -11,7 +11,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from s4c.models.native.rows import noise_kernel
+from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.noise import TARGET_STREAM, NoiseTable, gumbel
 from s4c.verify.rules import Chance, Rule, rejection
@@ -19,7 +19,7 @@ from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
 
 CPU = torch.device("cpu")
-kernel = noise_kernel() or gumbel
+kernel = noise_kernel(CPU) or gumbel
 """Makes noise."""
 
 Text = tuple[int, ...]

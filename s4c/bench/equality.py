@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from s4c.models.base import Target
-from s4c.models.native.rows import noise_kernel
+from s4c.models.sampling import noise_kernel
 from s4c.types import SamplingParams
 from s4c.verify.noise import NoiseTable
 from s4c.verify.scores import Scores
@@ -55,9 +55,8 @@ class Judge:
         target.reserve(1, len(line) + 1)
         target.prefill(0, torch.tensor(line[:-1], dtype=torch.int64, device=target.device))
         logits = target.verify(root_only(torch.tensor(line[-1:], device=target.device))).logits
-        scores = Scores(
-            [params], [line], [len(prompt)], NoiseTable(target.spec.vocab_size, target.device, noise_kernel())
-        )
+        table = NoiseTable(target.spec.vocab_size, target.device, noise_kernel(target.device))
+        scores = Scores([params], [line], [len(prompt)], table)
         processed = scores.process(logits)
         noise = scores.noise(torch.tensor([[len(line)]], device=target.device))
         total = processed if noise is None else processed + noise

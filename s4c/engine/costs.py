@@ -34,7 +34,7 @@ from torch import Tensor
 from s4c.drafters.base import Drafter, Sequences
 from s4c.models.base import Target
 from s4c.models.builtin import home, status
-from s4c.models.native.rows import noise_kernel
+from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams
 from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import coupled
@@ -301,7 +301,7 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
         part.reserve(1, len(line) + room)
     prompt = torch.tensor(line[:-1], device=target.device)
     drafter.prefill(0, prompt, target.prefill(0, prompt, drafter.taps))
-    params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel())
+    params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel(target.device))
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
         for levels, plan in plans.items():

@@ -21,7 +21,7 @@ from s4c.engine.sequence import Sequence
 from s4c.engine.stats import StepTimer
 from s4c.errors import BadLogits
 from s4c.models.base import Target
-from s4c.models.native.rows import noise_kernel
+from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import Rule
@@ -48,7 +48,7 @@ class Engine:
         self.rule_title = title(rule)
         self.sampled = rule == "rejection"
         self.scheduler = Scheduler(max_batch, self._move)
-        self.noise = NoiseTable(target.spec.vocab_size, target.device, noise_kernel())
+        self.noise = NoiseTable(target.spec.vocab_size, target.device, noise_kernel(target.device))
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:

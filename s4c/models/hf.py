@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.base import Target, TargetSpec
 from s4c.models.builtin import quiet_transformers
+from s4c.models.sampling import judge_kernel
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify import tree as trees
 
@@ -77,6 +78,7 @@ class HFTarget(Target):
         vocab_size, hidden_size = self.head_weight().shape
         self.spec = replace(spec, vocab_size=vocab_size, hidden_size=hidden_size)
         self.device = model.device
+        self.judge = judge_kernel(self.device)
         self.dtype = model.dtype
         self.layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
         self.weight_bytes = sum(p.nbytes for p in model.parameters())

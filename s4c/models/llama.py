@@ -18,7 +18,7 @@ from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.adapter import AdaptedRows, Adapter
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
-from s4c.models.native.rows import native_judge
+from s4c.models.sampling import judge_kernel
 from s4c.models.stack import OpenLayers, Rope, Stack, TorchStack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
 
@@ -147,7 +147,7 @@ class LlamaTarget(Target):
         self.dtype = dtype
         self.device = device
         self.runtime = "native" if native else "torch"
-        self.judge = native_judge if native else None
+        self.judge = judge_kernel(device, native)
         self.shape = layer_shape(config)
         self.layers: int = config.num_hidden_layers
         self._adapter: Adapter | None = None

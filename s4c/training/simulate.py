@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s4c.drafters.base import Drafter, DraftModel, Prediction, Sequences, TrainingBatch
 from s4c.models.base import Target
-from s4c.models.native.rows import noise_kernel
+from s4c.models.sampling import noise_kernel
 from s4c.training.data import Row
 from s4c.training.losses import columns_of
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
@@ -91,7 +91,7 @@ def simulate(
     assert passes is not None or not drafter.probes, "probes need passes of the target"
     waiting = [r for r in range(len(rows) - 1, -1, -1) if rows[r].answer_ids]
     running: list[_Running] = []
-    noise = NoiseTable(vocab_size, device, noise_kernel())
+    noise = NoiseTable(vocab_size, device, noise_kernel(device))
     result = Simulation(0, 0, [])
     room = min(slots, len(waiting)), max((len(row) for row in rows), default=0) + 1
     drafter.reserve(*room)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s4c.models.native import library
 from s4c.types import DraftTree, Verdict
-from s4c.verify.noise import CPU, Gumbel
+from s4c.verify.noise import CPU
 from s4c.verify.tree import top_and_total
 
 MOST_TOP = 64
@@ -59,8 +59,3 @@ def native_gumbel(seed: int, stream: int, position: int, size: int, device: torc
     row = torch.empty(size)
     library.check(library.core().s4c_noise(seed, stream, position, size, row.data_ptr()))
     return row.to(device)
-
-
-def noise_kernel() -> Gumbel | None:
-    """What makes noise fast, for all runtimes and devices; None where the core is not built."""
-    return native_gumbel if library.problem() is None else None

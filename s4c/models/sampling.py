@@ -1,0 +1,34 @@
+"""The kernels that a device has for sampling; the eager operations do without."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from s4c.models.native import library
+from s4c.models.native.rows import native_gumbel, native_judge
+from s4c.verify.noise import Gumbel
+from s4c.verify.scores import Judge
+
+
+def noise_kernel(device: torch.device) -> Gumbel | None:
+    """What makes noise fast there; None where nothing does."""
+    if _fuses(device):
+        from s4c.models.fused import fused_gumbel
+
+        return fused_gumbel
+    return native_gumbel if library.problem() is None else None
+
+
+def judge_kernel(device: torch.device, native: bool = False) -> Judge | None:
+    """What judges trees fast there; None where nothing does. On a CPU that is for the native runtime."""
+    if _fuses(device):
+        from s4c.models.fused import fused_judge
+
+        return fused_judge
+    return native_judge if native else None
+
+
+def _fuses(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
