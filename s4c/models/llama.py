@@ -196,8 +196,11 @@ class LlamaTarget(Target):
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, AdaptedRows | None]:
         """[B, N, d] of a tree's tokens, and which of its rows are adaptive; None where no row is."""
-        adapter, rows = self._adapter, tokens >= self.spec.vocab_size
-        if adapter is None or not rows.any():
+        adapter = self._adapter
+        if adapter is None:
+            return self._embedding[tokens], None
+        rows = tokens >= self.spec.vocab_size
+        if not rows.any():
             return self._embedding[tokens], None
         x = self._embedding[tokens.masked_fill(rows, 0)].float()
         x[rows] = adapter.embeddings[tokens[rows] - self.spec.vocab_size]
