@@ -46,7 +46,7 @@ class CombinedDrafter(Drafter):
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
         plan = sequences.plan.beside(beside)
         tree = self.first.propose(replace(sequences, plan=plan))
-        if bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
+        if sequences.sampled and bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
             return tree
         return merge(tree, beside, sequences.plan.limit + max(0, tree.size - plan.nodes))
 
