@@ -6,7 +6,7 @@
 # The target answers our own prompts (recipes/prompts.jsonl), those of the files given ({"prompt": "..."} a line; never
 # measure on questions that stand in them) and 2,000 prompts that it writes itself. On two CPU cores the text takes
 # hours and the training SECONDS_TO_TRAIN; on a GPU train longer. Started again, each step goes on where it stopped.
-# START_FROM=CHECKPOINT goes on with the heads of an earlier drafter.
+# START_FROM=CHECKPOINT goes on with the heads and the draft vocabulary of an earlier drafter.
 set -euo pipefail
 
 here=$(dirname "$0")

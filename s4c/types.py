@@ -161,7 +161,7 @@ class DraftTree:
     candidate: Tensor
     sampled: Tensor
     log_q: Tensor | None = None
-    belief: Tensor | None = field(default_factory=lambda: None)
+    belief: Tensor | None = field(default_factory=lambda: None)  # of instances alone: a ListedTree makes it late
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import save
 from typer.testing import CliRunner
 
@@ -482,6 +483,16 @@ def test_train_evaluate_and_generate_with_the_drafter(target: str, text: Path, t
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
     config = json.loads((out / "best" / "config.json").read_text())
     assert (config["method"], config["config"]["heads"], config["config"]["draft_vocab"]) == ("s4c", 2, 200)
+
+    other = tmp_path / "other.jsonl"
+    other.write_text(text.read_text().splitlines(keepends=True)[0])
+    more = ("--data", other, "--init", out / "best", *SMALL, "--held-out", 0, "--steps", 1)
+    kept, anew = tmp_path / "kept", tmp_path / "anew"
+    run("train", "--target", target, "--out", kept, *more)
+    run("train", "--target", target, "--out", anew, *more, "--set", "draft_vocab=199")
+    before, same, counted = (load_file(run / "best/model.safetensors")["token_ids"] for run in (out, kept, anew))
+    assert torch.equal(before, same)
+    assert len(counted) == 199
 
     shared = ("--target", target, "--data", text, "--drafter", out / "best", "--threads", 1, "--max-new-tokens", 8)
     report = json.loads(run("eval", *shared, "--held-out", 1, "--json").stdout)

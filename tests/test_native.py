@@ -5,7 +5,6 @@ The kernels are compiled for several instruction sets; a test that takes `name` 
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from test_engine import PROMPTS, SETTINGS, Prophet, s4c_drafter, write
 from test_llama_target import PROMPT, plain
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from verify_oracles import case_of_odd_rows, case_of_trees
 
 from s4c import LLM, SamplingParams
 from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
@@ -34,10 +33,6 @@ from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear, quantise
 from s4c.models.native.rows import native_judge, native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
-from s4c.types import DraftTree
-from s4c.verify.rules import follow
-from s4c.verify.scores import ALL_EXCLUDED, NOT_FINITE, choose
-from s4c.verify.tree import listed_depths, root_only
 
 SETS = library.instruction_sets() if library.problem() is None else []
 SIZES = (1, 7, 16, 17, 33, 80, 576)
@@ -581,49 +576,18 @@ def test_the_top_of_rows_is_that_of_torch(name: str, columns: int) -> None:
 @each_set
 @pytest.mark.parametrize("columns", [1, 15, 16, 255, 257, 1000, 49152])
 def test_the_kernel_of_the_coupled_rule_chooses_as_torch_does(name: str, columns: int) -> None:
-    logits = 4 * random(9, columns, seed=columns)
-    logits[1] = -torch.inf
-    logits[2, columns // 2] = torch.nan
-    logits[3, -1] = torch.inf
-    logits[4] = 1.5  # of equals the first
-    logits[5, : columns // 2] = -torch.inf
-    temperatures = [0.0, 0.7, 0.0, 1.3, 0.0, 1e-6, 0.0, 1.0, 3.0]
-    noise = [None if t == 0 else random(columns, seed=row) for row, t in enumerate(temperatures)]
-    cooled = torch.stack(
-        [row if g is None else row / t + g for row, t, g in zip(logits, temperatures, noise, strict=True)]
-    )
+    case = case_of_odd_rows(columns)
     with computing(name, threads=2):
-        verdict = native_judge(root_only(torch.zeros(9, dtype=torch.int64)), logits[:, None], temperatures, noise)
-    assert torch.equal(verdict.tokens, choose(cooled[:, None], None))
-    assert verdict.tokens[1:4, 0].tolist() == [ALL_EXCLUDED, NOT_FINITE, NOT_FINITE]
+        verdict = native_judge(case.tree, case.logits, case.temperatures, case.noise)
+    assert torch.equal(verdict.tokens, case.verdict.tokens)
 
 
 @each_set
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_kernel_of_the_coupled_rule_walks_as_the_slow_one_does(name: str, batch: int, seed: int) -> None:
-    rng = Random(seed)
-    nodes, columns = 12, 40
-    logits = 4 * random(batch, nodes, columns, seed=seed)
-    logits[0, 1 + seed % 3] = torch.nan
-    parents = torch.tensor([[-1, *(rng.randrange(max(0, i - 4), i) for i in range(1, nodes))] for _ in range(batch)])
-    temperatures = [0.0 if seed == 0 else rng.choice([0.0, 0.7, 1.5]) for _ in range(batch)]
-    levels = [[random(columns, seed=9 * b + d) for d in range(nodes)] for b in range(batch)]
-    choice = torch.empty(batch, nodes, dtype=torch.int64)
-    for b, (temperature, noise) in enumerate(zip(temperatures, levels, strict=True)):
-        for node, depth in enumerate(listed_depths(parents[b].tolist())):
-            row = logits[b, node] if temperature == 0 else logits[b, node] / temperature + noise[depth]
-            choice[b, node] = choose(row[None, None], None)
-    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
-    for b, column in itertools.product(range(batch), range(1, nodes)):
-        right = int(choice[b, parents[b, column]])
-        tokens[b, column] = right if rng.random() < 0.7 else rng.randrange(columns)
-    candidate = torch.tensor([[False, *(rng.random() < 0.9 for _ in range(nodes - 1))] for _ in range(batch)])
-    tree = DraftTree(tokens, parents, candidate, torch.zeros(batch, dtype=torch.bool))
-    cold = all(temperature == 0 for temperature in temperatures)
-    flat = [noise if t else None for t, each in zip(temperatures, levels, strict=True) for noise in each]
+    case = case_of_trees(seed, batch)
     with computing(name, threads=2):
-        got = native_judge(tree, logits, temperatures, [] if cold else flat)
-    wanted = follow(tree, choice)
+        verdict = native_judge(case.tree, case.logits, case.temperatures, case.noise)
     for part in ("path", "accepted", "bonus", "tokens"):
-        assert torch.equal(getattr(got, part), getattr(wanted, part)), part
+        assert torch.equal(getattr(verdict, part), getattr(case.verdict, part)), part

@@ -298,6 +298,7 @@ def test_a_tiny_s4c_overfits_a_tiny_corpus(tmp_path: Path, taps: str) -> None:
         ({"steps": 0}, "one of them must be given"),
         ({"steps": -1}, "must not be negative"),
         ({"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
+        ({"step_vocab": -1}, "step_vocab is -1; it must be 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"autocast": "int8"}, "autocast is 'int8'; it must be one of none, bfloat16, float16"),

@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.noise import TARGET_STREAM, NoiseTable, gumbel
-from s4c.verify.rules import Chance, Rule, rejection
-from s4c.verify.scores import Scores
-from s4c.verify.tree import TreePlan
+from s4c.verify.rules import Chance, Rule, follow, rejection
+from s4c.verify.scores import ALL_EXCLUDED, NOT_FINITE, Scores, choose
+from s4c.verify.tree import TreePlan, listed_depths, root_only
 
 CPU = torch.device("cpu")
 kernel = noise_kernel(CPU) or gumbel
@@ -140,6 +141,58 @@ def random_request(rng: random.Random, vocab: int, temperature: float | None = N
         bad_words=words if rng.random() < 0.4 else (),
         seed=rng.choice([rng.randrange(2**64), rng.randrange(100)]),
     )
+
+
+@dataclass
+class Case:
+    """What a kernel of the coupled rule is given, and what it has to say."""
+
+    tree: DraftTree
+    logits: Tensor
+    temperatures: list[float]
+    noise: list[Tensor | None]
+    verdict: Verdict
+
+
+def case_of_odd_rows(columns: int) -> Case:
+    """Roots alone, with logits that are equal, excluded, or no numbers."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = 4 * torch.randn(9, 1, columns, generator=generator)
+    logits[1] = -torch.inf
+    logits[2, 0, columns // 2] = torch.nan
+    logits[3, 0, -1] = torch.inf
+    logits[4] = 1.5  # of equals the first
+    logits[5, 0, : columns // 2] = -torch.inf
+    temperatures = [0.0, 0.7, 0.0, 1.3, 0.0, 1e-6, 0.0, 1.0, 3.0]
+    noise = [None if t == 0 else torch.randn(columns, generator=generator) for t in temperatures]
+    cooled = torch.stack(
+        [row if g is None else row / t + g for row, t, g in zip(logits, temperatures, noise, strict=True)]
+    )
+    verdict = follow(tree := root_only(torch.zeros(9, dtype=torch.int64)), choose(cooled, None))
+    assert verdict.tokens[1:4, 0].tolist() == [ALL_EXCLUDED, NOT_FINITE, NOT_FINITE]
+    return Case(tree, logits, temperatures, noise, verdict)
+
+
+def case_of_trees(seed: int, batch: int, nodes: int = 12, columns: int = 40) -> Case:
+    """Trees of which much is right, some nodes twice and some no candidates; all greedy with seed 0."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(batch, nodes, columns, generator=generator)
+    logits[0, nodes // 2 + seed % 3] = torch.nan
+    parents = torch.tensor([[-1, *(rng.randrange(max(0, i - 4), i) for i in range(1, nodes))] for _ in range(batch)])
+    temperatures = [0.0 if seed == 0 else rng.choice([0.0, 0.7, 1.5]) for _ in range(batch)]
+    noise = torch.randn(batch, nodes, columns, generator=generator)
+    depths = [listed_depths(line) for line in parents.tolist()]
+    scores = torch.stack(
+        [logits[b] if t == 0 else logits[b] / t + noise[b, depths[b]] for b, t in enumerate(temperatures)]
+    )
+    choice = choose(scores, None)
+    right = torch.rand(batch, nodes, generator=generator) < 0.8
+    tokens = torch.where(right, choice.gather(1, parents.clamp(min=0)), 1)
+    candidate = torch.rand(batch, nodes, generator=generator) < 0.9
+    candidate[:, 0] = False
+    tree = DraftTree(tokens, parents, candidate, torch.zeros(batch, dtype=torch.bool))
+    rows = [None if t == 0 else row for t, each in zip(temperatures, noise, strict=True) for row in each]
+    return Case(tree, logits, temperatures, rows if any(temperatures) else [], follow(tree, choice))
 
 
 def scores_of(

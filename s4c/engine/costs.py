@@ -37,11 +37,11 @@ from s4c.models.builtin import home, status
 from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams
 from s4c.verify.noise import NoiseTable
-from s4c.verify.rules import coupled
-from s4c.verify.scores import Scores, choose
+from s4c.verify.rules import coupled, walked
+from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 3
+FORMAT = 4
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 8, 16, 24, 32)
@@ -239,8 +239,10 @@ def _outdated(costs: Costs, target: Target) -> bool:
 
 
 def judged(target: Target) -> Callable[[DraftTree], object]:
-    """A pass and its judgement at temperature 0."""
-    return lambda tree: choose(target.verify(tree).logits, None)
+    """A pass and its judgement at temperature 0, as a round has them."""
+    noise = NoiseTable(target.spec.vocab_size, target.device)
+    scores = Scores([SamplingParams()], [[0]], [1], noise, target.judge)
+    return lambda tree: walked(tree, target.verify(tree), scores)
 
 
 def attention_seconds(target: Target, near: Mapping[int, float]) -> tuple[float, float]:

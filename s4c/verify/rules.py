@@ -41,11 +41,15 @@ Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 
 def coupled(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     """The coupled rule; see the head of this file."""
-    verdict = scores.judged(tree, output.logits)
-    if verdict is None:
-        verdict = follow(tree, scores.choice(output.logits, tree))
+    verdict = walked(tree, output, scores)
     check_chosen(verdict.bonus)
     return verdict
+
+
+def walked(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
+    """What the coupled rule says, whether or not the bonus is a token; by the runtime's kernel where it has one."""
+    verdict = scores.judged(tree, output.logits)
+    return follow(tree, scores.choice(output.logits, tree)) if verdict is None else verdict
 
 
 def follow(tree: DraftTree, choice: Tensor) -> Verdict:
