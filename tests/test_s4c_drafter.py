@@ -30,9 +30,10 @@ def target(tmp_path: Path) -> Any:
     return load_target(str(tiny_models.save(tmp_path, "llama")))
 
 
-def drafter_of(target: Any, **config: Any) -> tuple[S4CModel, S4CDrafter]:
+def drafter_of(target: Any, echo: float = 0.0, **config: Any) -> tuple[S4CModel, S4CDrafter]:
     torch.manual_seed(0)
-    model = S4CModel(target, S4CConfig(head_dim=8, **config), torch.arange(0, 64, 2) if config else torch.arange(64))
+    token_ids = torch.arange(0, 64, 2) if config else torch.arange(64)
+    model = S4CModel(target, S4CConfig(head_dim=8, echo=echo, **config), token_ids)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("heads.", "blend.")):
@@ -182,7 +183,15 @@ def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -
 @pytest.mark.parametrize("plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"heads": 1}, {"heads": 3, "context_vocab": 3}, {"heads": 4, "lm_head": "low-rank", "rank": 8}, {"taps": "1"}],
+    [
+        {},
+        {"heads": 1},
+        {"heads": 3, "context_vocab": 3},
+        {"heads": 4, "lm_head": "low-rank", "rank": 8},
+        {"taps": "1"},
+        {"echo": 1.0},
+        {"echo": 0.3, "heads": 2, "context_vocab": 3},
+    ],
     ids=str,
 )
 def test_a_draft_in_one_call_is_the_draft_level_by_level(
@@ -291,6 +300,8 @@ def test_a_low_rank_head_starts_as_the_best_approximation(target: Any) -> None:
         {"lm_head": "borrowed"},
         {"rank": 0},
         {"context_vocab": -1},
+        {"echo": -0.5},
+        {"echo": float("nan")},
         {"window": 0},
         {"taps": "8,4"},
         {"taps": "0,4"},

@@ -21,6 +21,7 @@ costs one call per level, and nothing is computed twice.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ from s4c.drafters.base import (
     finish,
     noise_by_level,
 )
+from s4c.drafters.echo import Echo
 from s4c.drafters.rows import Rows, padded
 from s4c.drafters.vocabulary import ContextVocabulary
 from s4c.models.base import Target
@@ -64,6 +66,7 @@ class S4CConfig:
         layers: decoder layers of each head.
         draft_vocab: number of tokens that the drafter can propose, the most frequent ones; 0: all.
         context_vocab: most tokens of its own text that a sequence may draft besides, with a tied LM head.
+        echo: how loud the text itself is beside the heads, see echo.py; 0: silent.
         lm_head: `tied` reads the target's own LM head, `own` trains a copy of it, `low-rank` trains a
             factorisation that starts from its best approximation of that rank.
         rank: of a low-rank LM head.
@@ -80,6 +83,7 @@ class S4CConfig:
     layers: int = 1
     draft_vocab: int = 8192
     context_vocab: int = 256
+    echo: float = 1.0
     lm_head: str = "tied"
     rank: int = 128
     normed_output: bool = False
@@ -96,6 +100,8 @@ class S4CConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.context_vocab < 0:
             raise ValueError(f"context_vocab is {self.context_vocab}; it must be 0 (none) or more")
+        if not 0 <= self.echo < math.inf:
+            raise ValueError(f"echo is {self.echo}; it must be 0 (none) or more")
         if self.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
         try:
@@ -326,6 +332,7 @@ class S4CDrafter(Drafter):
         self._context: ContextVocabulary | None = None
         if model.beyond and self.token_ids.shape[0] < target.spec.vocab_size:
             self._context = ContextVocabulary(target, self.token_ids, self.config.context_vocab)
+        self._echo = Echo(self.config.echo, self.device) if self.config.echo else None
         self._slots: dict[int, _Slot] = {}
 
     def reserve(self, slots: int, length: int) -> None:
@@ -335,8 +342,12 @@ class S4CDrafter(Drafter):
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
         self._take_in(slot, tokens.to(self.device), F.pad(features.float(), (0, 0, 1, 0)))
-        if self._context is not None:
-            self._context.start(slot, tokens.tolist())
+        for memory in self._memories():
+            memory.start(slot, tokens.tolist())
+
+    def _memories(self) -> list[ContextVocabulary | Echo]:
+        """What is kept of the text of each slot beside the caches of the heads."""
+        return [memory for memory in (self._context, self._echo) if memory is not None]
 
     def _take_in(self, slot: int, tokens: Tensor, features: Tensor) -> None:
         """Fill the caches of a slot with the last `window` of tokens [n]; features [n + 1] lie one position before them
@@ -375,7 +386,8 @@ class S4CDrafter(Drafter):
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
-            tree = self._native.grow(plan, tokens, counts, features, carry, temperatures, noise, further)
+            texts = self._echo.kernels(len(states)) if self._echo else None
+            tree = self._native.grow(plan, tokens, counts, features, carry, temperatures, noise, further, texts)
         else:
             tree, carry = self._grow(sequences, plan, Rows(tokens, counts), features, carry)
         self._settle(states, counts, carry, 0)
@@ -397,7 +409,8 @@ class S4CDrafter(Drafter):
                 width = rows.frontier.shape[1]
                 inputs = _gather_rows(outputs[-1], rows.parents[:, -width:])
                 outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs)], 1)
-            extend(sequences, builder, *self._logits(_gather_rows(outputs[-1], rows.frontier)))
+            logits, ids = self._logits(_gather_rows(outputs[-1], rows.frontier))
+            extend(sequences, builder, self._echo.joined(logits, ids, builder) if self._echo else logits, ids)
         outputs = self._run_remaining(outputs, rows, features, carry)
         return finish(sequences, builder), self._carry(rows, outputs)
 
@@ -422,15 +435,15 @@ class S4CDrafter(Drafter):
         for stack in self._stacks:
             stack.move(source, destination)
         self._slots[destination] = self._slots.pop(source)
-        if self._context is not None:
-            self._context.move(source, destination)
+        for memory in self._memories():
+            memory.move(source, destination)
 
     def _unread(self, states: list[_Slot], roots: Tensor) -> tuple[Tensor, list[int], Tensor]:
         """The text that the heads have not taken in yet, its lengths, and what head 1 reads there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
-        if self._context is not None:
+        for memory in self._memories():
             for slot, line in enumerate(lines):
-                self._context.add(slot, line)
+                memory.add(slot, line)
         features = [torch.cat(s.features) if len(s.features) > 1 else s.features[0] for s in states]
         return *padded(lines, self.device), self._blend(pad_sequence(features, batch_first=True))
 

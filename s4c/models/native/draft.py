@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,22 @@ from s4c.models.stack import Stack
 from s4c.types import DraftTree
 from s4c.verify.noise import CPU
 from s4c.verify.tree import EXPANDED_PER_LEVEL, ListedTree, TreePlan
+
+
+@dataclass
+class Texts:
+    """What the kernels need to echo what followed in the text before (s4c/drafters/echo.py).
+
+    Attributes:
+        tokens: of each sequence its text, [n] int64, the root last.
+        weights: [L] float32, of a place whose last 1, 2, .., L tokens are those of a path.
+        near, telling: places further back than the one weigh nothing with fewer tokens than the other.
+    """
+
+    tokens: Sequence[Tensor]
+    weights: Tensor
+    near: int
+    telling: int
 
 
 class NativeDraft:
@@ -65,6 +83,7 @@ class NativeDraft:
         temperatures: Sequence[float],
         noise: Sequence[Tensor | None],
         further: Sequence[tuple[NativeGrowing, Tensor] | None],
+        texts: Texts | None = None,
     ) -> DraftTree:
         """A tree below the last token of each sequence; none of its rows is sampled.
 
@@ -79,6 +98,7 @@ class NativeDraft:
             noise: B times D rows [V] float32, of the levels of each sequence; None where there is no noise.
             further: of each sequence the product that makes the logits of tokens beyond the draft vocabulary, and
                 [at least as many as its outputs] int64, these tokens; None where there are none.
+            texts: of the sequences, where they are to be echoed.
         """
         batch, longest = tokens.shape
         most = plan.nodes if plan.kind == "best" else plan.width * plan.depth + 1
@@ -99,6 +119,12 @@ class NativeDraft:
             pointers([None if more is None else more[1].data_ptr() for more in further]),
         )
         counted, committed, *rest = (ctypes.cast(array, ctypes.c_void_p) for array in held)
+        echoed: tuple[Any, ...] = (None, None, None, 0, 0, 0)
+        if texts is not None:
+            starts = pointers([text.data_ptr() for text in texts.tokens])
+            ends = (ctypes.c_int32 * batch)(*(len(text) for text in texts.tokens))
+            arrays = (ctypes.cast(array, ctypes.c_void_p) for array in (starts, ends))
+            echoed = (*arrays, texts.weights.data_ptr(), len(texts.weights), texts.near, texts.telling)
         shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
         addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), *rest
         room = batch * most
@@ -107,7 +133,7 @@ class NativeDraft:
         size = library.core().s4c_draft(
             ctypes.byref(self._heads),
             ctypes.byref(shape),
-            ctypes.byref(CRound(batch, longest, *addresses)),
+            ctypes.byref(CRound(batch, longest, *addresses, *echoed)),
             most,
             drafted,
             parents,

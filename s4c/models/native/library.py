@@ -104,7 +104,8 @@ class CRound(Structure):
         ("batch", c_int32),
         ("longest", c_int32),
         *((name, c_void_p) for name in ("tokens", "counts", "lengths", "features", "carry", "temperatures", "noise")),
-        *((name, c_void_p) for name in ("further", "further_ids")),
+        *((name, c_void_p) for name in ("further", "further_ids", "texts", "text_lengths", "echo")),
+        *((name, c_int32) for name in ("echo_longest", "echo_near", "echo_telling")),
     ]
 
 

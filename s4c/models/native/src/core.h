@@ -164,6 +164,11 @@ struct Round {
     const float* const* noise;  // [batch, depth], of the tokens of a position; null: none
     const Linear* const* further;  // [batch], rows of the LM head for tokens that this sequence may draft besides; null: none
     const int64_t* const* further_ids;  // [batch], the target's token of each
+    const int64_t* const* texts;  // [batch], all that is committed, the root last; null: nothing is echoed
+    const int32_t* text_lengths;  // [batch]
+    const float* echo;            // [echo_longest], what a place of the text weighs whose last 1 .. echo_longest tokens are those of a path
+    int32_t echo_longest;
+    int32_t echo_near, echo_telling;  // places further back than that weigh nothing with fewer tokens
 };
 
 // Draft trees to be judged, and what their requests ask for.

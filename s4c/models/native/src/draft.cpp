@@ -8,6 +8,7 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -206,6 +207,7 @@ class Drafting {
         std::vector<Choice> choices;
         for (int b = 0; b < batch_; b++) {
             float* logits = x.data() + static_cast<size_t>(b * width()) * static_cast<size_t>(columns);
+            if (round_.texts) echo(b, logits, columns, further[static_cast<size_t>(b)]);
             choices.push_back(choose(logits, columns, children, heads_.token_ids, b, level));
             if (further[static_cast<size_t>(b)].empty()) continue;
             int more = round_.further[b]->outputs;
@@ -240,6 +242,61 @@ class Drafting {
             if (s4c_linear(linear, x.data() + static_cast<size_t>(b * width()) * hidden_, width(), of.data())) throw std::bad_alloc();
         }
         return logits;
+    }
+
+    // Adds to the laws of a sequence's frontier what followed in its text (s4c/drafters/echo.py): logits [width, columns], and
+    // those of the tokens that it may draft besides.
+    void echo(int b, float* logits, int columns, std::vector<float>& further) const {
+        int more = further.empty() ? 0 : round_.further[b]->outputs;
+        std::vector<float> total = totals(logits, columns), other = more ? totals(further.data(), more) : std::vector<float>(total.size(), NEVER);
+        const int64_t* end = heads_.token_ids + columns;
+        for (size_t w = 0; w < total.size(); w++) {
+            float high = std::max(total[w], other[w]), low = std::min(total[w], other[w]);
+            float all = high > NEVER ? high + std::log1p(std::exp(low - high)) : NEVER;
+            for (const auto& [token, weight] : heard(b, trees_[static_cast<size_t>(b)].frontier[w])) {
+                const int64_t* id = std::lower_bound(heads_.token_ids, end, token);
+                float* at = nullptr;
+                if (id != end && *id == token) {
+                    at = logits + w * static_cast<size_t>(columns) + (id - heads_.token_ids);
+                } else {
+                    const int64_t* ids = round_.further_ids[b];
+                    const int64_t* found = std::find(ids, ids + more, token);
+                    if (found != ids + more) at = further.data() + w * static_cast<size_t>(more) + (found - ids);
+                }
+                if (!at || !(*at > NEVER)) continue;
+                float said = all + std::log(weight), most = std::max(*at, said);
+                *at = most + std::log1p(std::exp(std::min(*at, said) - most));
+            }
+        }
+    }
+
+    std::vector<float> totals(const float* logits, int columns) const {
+        std::vector<float> values(static_cast<size_t>(width())), total(values.size());
+        std::vector<int64_t> indices(values.size());
+        if (s4c_top(logits, width(), columns, 1, values.data(), indices.data(), total.data())) throw std::bad_alloc();
+        return total;
+    }
+
+    // The tokens that followed in the text where the last ones of a node's path stood, and what they weigh.
+    std::vector<std::pair<int64_t, float>> heard(int b, int node) const {
+        const Tree& tree = trees_[static_cast<size_t>(b)];
+        const int64_t* text = round_.texts[b];
+        int length = round_.text_lengths[b];
+        std::vector<int64_t> path;  // backwards
+        for (; node > 0; node = static_cast<int>(Tree::at(tree.parents, node))) path.push_back(Tree::at(tree.tokens, node));
+        for (int at = length - 1; at >= 0 && static_cast<int>(path.size()) < round_.echo_longest; at--) path.push_back(text[at]);
+        int longest = std::min(round_.echo_longest, static_cast<int>(path.size()));
+        std::vector<std::pair<int64_t, float>> found;
+        for (int place = 0; place + 1 < length; place++) {
+            if (text[place] != path[0]) continue;
+            int same = 1;
+            while (same < longest && same <= place && text[place - same] == path[static_cast<size_t>(same)]) same++;
+            if (same < round_.echo_telling && place < length - round_.echo_near) continue;
+            auto known = std::find_if(found.begin(), found.end(), [&](const auto& of) { return of.first == text[place + 1]; });
+            if (known == found.end()) known = found.insert(known, {text[place + 1], 0.0f});
+            known->second += round_.echo[same - 1];
+        }
+        return found;
     }
 
     // The best children of the nodes of a frontier.

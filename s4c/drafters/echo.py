@@ -1,0 +1,127 @@
+"""What followed the last tokens where they stood in the text before: a cache language model beside the drafter's law.
+
+A text repeats itself, and a drafter of a few layers is slow to notice. Of a node, each earlier place s of the text whose
+last n tokens are those of the node's path speaks for the token that followed it, with a weight w(n) that grows with n,
+and the drafter says
+
+    q'(x) = (q(x) + sum of w(n_s) over the places s that were followed by x) / (1 + sum of all w(n_s))
+
+The cache model is of Kuhn and De Mori (1990), its place beside a neural law that of Grave et al. (arXiv 1612.04426). The
+weights are the most probable ones of 38 answers of the built-in model that no drafter was measured on, to two digits; temperature
+and level of the tree ask for hardly different ones (docs/ABLATIONS.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s4c.models.native.draft import Texts
+from s4c.verify.tree import TreeBuilder
+
+WEIGHTS = (0.015, 0.18, 0.41, 1.5)
+"""Of a place whose last 1, 2, 3, and 4 or more tokens are those of the path."""
+
+NEAR, TELLING = 512, 3
+"""Places further back speak only where so many tokens are the same: of frequent words there is no end."""
+
+
+class GrowingTokens:
+    """A text that grows, in one piece of memory.
+
+    Attributes:
+        count: of its tokens.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._room = torch.zeros(256, dtype=torch.int64, device=device)
+        self.count = 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """[count] int64; a view, until more is appended."""
+        return self._room[: self.count]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens behind the others."""
+        end = self.count + len(tokens)
+        if end > len(self._room):
+            more = self._room.new_zeros(2 * end)
+            more[: self.count] = self.tokens
+            self._room = more
+        self._room[self.count : end] = torch.tensor(tokens, dtype=torch.int64, device=self._room.device)
+        self.count = end
+
+
+class Echo:
+    """What the texts of the slots say of the children of nodes.
+
+    Args:
+        strength: what the weights are multiplied by.
+        device: of the texts.
+    """
+
+    def __init__(self, strength: float, device: torch.device) -> None:
+        self._weights = torch.tensor([strength * weight for weight in WEIGHTS], dtype=torch.float32, device=device)
+        self._texts: dict[int, GrowingTokens] = {}
+
+    def start(self, slot: int, tokens: Sequence[int]) -> None:
+        """A sequence begins with these tokens."""
+        self._texts[slot] = GrowingTokens(self._weights.device)
+        self.add(slot, tokens)
+
+    def add(self, slot: int, tokens: Sequence[int]) -> None:
+        """It goes on with these."""
+        self._texts[slot].append(tokens)
+
+    def move(self, source: int, destination: int) -> None:
+        """The state of slot `source` becomes that of slot `destination`."""
+        self._texts[destination] = self._texts.pop(source)
+
+    def kernels(self, batch: int) -> Texts:
+        """For native drafting in the first slots."""
+        return Texts([self._texts[slot].tokens for slot in range(batch)], self._weights, NEAR, TELLING)
+
+    def joined(self, logits: Tensor, token_ids: Tensor, builder: TreeBuilder) -> Tensor:
+        """Logits of q' from those of q; a token that has none gets none.
+
+        Args:
+            logits: [B, W, V'] float32, of the children of the builder's frontier, the roots the last tokens of the
+                texts of the first B slots.
+            token_ids: [V'] int64, the tokens of the columns.
+            builder: the tree.
+        """
+        texts = [self._texts[slot].tokens for slot in range(logits.shape[0])]
+        counts = torch.tensor([len(text) for text in texts], device=logits.device)[:, None]
+        text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
+        places = torch.arange(text.shape[1] - 1, device=logits.device)
+        same = (places < counts - 1)[:, None]
+        length = torch.zeros(*logits.shape[:2], len(places), dtype=torch.int64, device=logits.device)
+        for back, token in enumerate(_last_tokens(builder, text, counts)):
+            shifted = torch.nn.functional.pad(text, (back, 0), value=-1)[:, : len(places)]
+            same = same & (shifted[:, None] == token[..., None]) & (token[..., None] >= 0)
+            length += same
+        heard = (length >= TELLING) | (places >= counts - NEAR)[:, None]
+        weight = torch.nn.functional.pad(self._weights, (1, 0))[length] * heard
+        column = token_ids.new_full((int(max(text.max(), token_ids.max())) + 1,), len(token_ids))
+        column[token_ids] = torch.arange(len(token_ids), device=logits.device)
+        total = logits.new_zeros(*logits.shape[:2], len(token_ids) + 1)
+        following = column[text[:, 1:]][:, None].expand_as(length)
+        total.scatter_add_(2, torch.where(length > 0, following, len(token_ids)), weight)
+        said = logits.logsumexp(-1, keepdim=True) + total[..., :-1].log()
+        return torch.where(logits.isneginf(), logits, torch.logaddexp(logits, said))
+
+
+def _last_tokens(builder: TreeBuilder, text: Tensor, counts: Tensor) -> list[Tensor]:
+    """The tokens [B, W] of the frontier, those one before them, and so on up into the text; -1 where it begins."""
+    found = []
+    node, back = builder.frontier, torch.zeros_like(builder.frontier)
+    for _ in WEIGHTS:
+        place = counts - 1 - back
+        before = torch.where(place >= 0, text.gather(1, place.clamp(min=0)), -1)
+        found.append(torch.where(node > 0, builder.tokens.gather(1, node.clamp(min=0)), before))
+        back = back + (node <= 0)
+        node = torch.where(node > 0, builder.parents.gather(1, node.clamp(min=0)), -1)
+    return found
