@@ -37,7 +37,7 @@ def test_the_law_is_that_of_its_definition(
     texts: list[list[int]], strength: float, levels: int, data: st.DataObject
 ) -> None:
     ids = sorted(data.draw(st.sets(st.integers(0, TOKENS - 1), min_size=2)))
-    echo = Echo(strength, torch.device("cpu"))
+    echo = Echo(strength, TOKENS, torch.device("cpu"))
     for slot, text in enumerate(texts):
         echo.start(slot, text[:3])
         echo.add(slot, text[3:])
@@ -62,14 +62,14 @@ def test_far_places_speak_where_much_is_the_same(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "NEAR", 4)
     ids, logits = torch.arange(TOKENS), torch.zeros(1, 1, TOKENS)
     for text, heard in [([0, 1, 2, 3, 4, 4, 4, 4, 5, 2], False), ([0, 1, 2, 3, 4, 4, 4, 4, 0, 1, 2], True)]:
-        echo = Echo(1.0, torch.device("cpu"))
+        echo = Echo(1.0, TOKENS, torch.device("cpu"))
         echo.start(0, text)
         joined = echo.joined(logits, ids, TreePlan.parse("chain:1").grow(torch.tensor([text[-1]])))
         assert (joined[0, 0, 3] > joined[0, 0, 0]) == heard
 
 
 def test_what_has_no_logit_stays_without() -> None:
-    echo = Echo(1.0, torch.device("cpu"))
+    echo = Echo(1.0, TOKENS, torch.device("cpu"))
     echo.start(0, [1, 2, 1])
     logits = torch.tensor([[[0.0, -math.inf, 1.0]]])
     joined = echo.joined(logits, torch.tensor([1, 2, 3]), TreePlan.parse("chain:1").grow(torch.tensor([1])))
@@ -77,7 +77,7 @@ def test_what_has_no_logit_stays_without() -> None:
 
 
 def test_a_text_moves_with_its_sequence() -> None:
-    echo = Echo(1.0, torch.device("cpu"))
+    echo = Echo(1.0, TOKENS, torch.device("cpu"))
     for slot, text in enumerate([[1, 2], list(range(300))]):
         echo.start(slot, text)
     echo.move(1, 0)

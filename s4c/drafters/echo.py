@@ -1,14 +1,14 @@
-"""What followed the last tokens where they stood in the text before: a cache language model beside the drafter's law.
+"""What followed the last tokens where they stood in the text before: a cache language model beside a drafter's law.
 
-A text repeats itself, and a drafter of a few layers is slow to notice. Of a node, each earlier place s of the text whose
-last n tokens are those of the node's path speaks for the token that followed it, with a weight w(n) that grows with n,
-and the drafter says
+A text repeats itself, and a drafter of a few layers is slow to notice. Of a node, each earlier place s of the text
+whose last n tokens are those of the node's path speaks for the token that followed it, with a weight w(n) that grows
+with n, and the drafter says
 
     q'(x) = (q(x) + sum of w(n_s) over the places s that were followed by x) / (1 + sum of all w(n_s))
 
-The cache model is of Kuhn and De Mori (1990), its place beside a neural law that of Grave et al. (arXiv 1612.04426). The
-weights are the most probable ones of 38 answers of the built-in model that no drafter was measured on, to two digits; temperature
-and level of the tree ask for hardly different ones (docs/ABLATIONS.md).
+The cache model is that of Kuhn and De Mori (1990), its place beside a neural law that of Grave et al.
+(arXiv 1612.04426). The weights were chosen so that answers of the built-in model became probable, none of those that
+drafters are measured on; temperature and level of the tree ask for hardly different ones (docs/ABLATIONS.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from s4c.models.native.draft import Texts
 from s4c.verify.tree import TreeBuilder
@@ -60,10 +62,12 @@ class Echo:
 
     Args:
         strength: what the weights are multiplied by.
+        vocab_size: of the target.
         device: of the texts.
     """
 
-    def __init__(self, strength: float, device: torch.device) -> None:
+    def __init__(self, strength: float, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
         self._weights = torch.tensor([strength * weight for weight in WEIGHTS], dtype=torch.float32, device=device)
         self._texts: dict[int, GrowingTokens] = {}
 
@@ -95,20 +99,20 @@ class Echo:
         """
         texts = [self._texts[slot].tokens for slot in range(logits.shape[0])]
         counts = torch.tensor([len(text) for text in texts], device=logits.device)[:, None]
-        text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
+        text = pad_sequence(texts, batch_first=True, padding_value=-1)
         places = torch.arange(text.shape[1] - 1, device=logits.device)
         same = (places < counts - 1)[:, None]
         length = torch.zeros(*logits.shape[:2], len(places), dtype=torch.int64, device=logits.device)
         for back, token in enumerate(_last_tokens(builder, text, counts)):
-            shifted = torch.nn.functional.pad(text, (back, 0), value=-1)[:, : len(places)]
+            shifted = F.pad(text, (back, 0), value=-1)[:, : len(places)]
             same = same & (shifted[:, None] == token[..., None]) & (token[..., None] >= 0)
             length += same
         heard = (length >= TELLING) | (places >= counts - NEAR)[:, None]
-        weight = torch.nn.functional.pad(self._weights, (1, 0))[length] * heard
-        column = token_ids.new_full((int(max(text.max(), token_ids.max())) + 1,), len(token_ids))
+        weight = F.pad(self._weights, (1, 0))[length] * heard
+        column = token_ids.new_full((self._vocab_size,), len(token_ids))
         column[token_ids] = torch.arange(len(token_ids), device=logits.device)
         total = logits.new_zeros(*logits.shape[:2], len(token_ids) + 1)
-        following = column[text[:, 1:]][:, None].expand_as(length)
+        following = column[text[:, 1:].clamp(min=0)][:, None].expand_as(length)
         total.scatter_add_(2, torch.where(length > 0, following, len(token_ids)), weight)
         said = logits.logsumexp(-1, keepdim=True) + total[..., :-1].log()
         return torch.where(logits.isneginf(), logits, torch.logaddexp(logits, said))

@@ -332,7 +332,7 @@ class S4CDrafter(Drafter):
         self._context: ContextVocabulary | None = None
         if model.beyond and self.token_ids.shape[0] < target.spec.vocab_size:
             self._context = ContextVocabulary(target, self.token_ids, self.config.context_vocab)
-        self._echo = Echo(self.config.echo, self.device) if self.config.echo else None
+        self._echo = Echo(self.config.echo, target.spec.vocab_size, self.device) if self.config.echo else None
         self._slots: dict[int, _Slot] = {}
 
     def reserve(self, slots: int, length: int) -> None:

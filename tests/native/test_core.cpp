@@ -243,8 +243,13 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
         const int32_t lengths[2] = {0, 0};
         const Linear* further[2] = {nullptr, &more.c};
         const int64_t* further_ids[2] = {nullptr, more_ids};
+        const int64_t one[] = {5, 7, 3, 7, 3}, other[] = {1, 2, 3, 4, 9, 1, 2, 3, 49, 3, 4};
+        const int64_t* texts[2] = {one, other};
+        const int32_t text_lengths[2] = {5, 11};
+        const float echo[2] = {0.2f, 3.0f};
         Round round{batch, LONGEST, tokens.data() + first * LONGEST, counts + first, lengths, features.data() + static_cast<size_t>(first * LONGEST) * d,
-                    carry.data(), temperatures + first, rows.data(), further + first, further_ids + first};
+                    carry.data(), temperatures + first, rows.data(), further + first, further_ids + first,
+                    texts + first, text_lengths + first, echo, 2, 6, 2};
         std::vector<int64_t> out(static_cast<size_t>(2 * batch * plan.nodes));
         Floats path(static_cast<size_t>(batch * plan.nodes));
         std::vector<uint8_t> candidate(path.size());
