@@ -219,6 +219,21 @@ def test_a_draft_in_one_call_is_the_draft_level_by_level(
                 run.tokens[slot] += verdict.tokens[slot, : count + 1].tolist()
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_loud_echo_says_what_followed_in_the_text(target: Any, native: bool) -> None:
+    prompt = [4, 5, 6, 8, 4, 7, 4, 5]
+    _, drafter = drafter_of(target, echo=1e6)
+    if not native:
+        drafter._native = None
+    run = Run(target, drafter, [prompt], "chain:3")
+    scores, tree = run.propose()
+    assert tree.tokens.tolist() == [[5, 6, 8, 4]]
+    run.finish(scores, tree)
+    run.propose()
+    assert drafter._echo is not None
+    assert drafter._echo.kernels(1).tokens[0].tolist() == run.tokens[0]
+
+
 def test_a_slot_can_move(target: Any) -> None:
     _, drafter = drafter_of(target)
     run = Run(target, drafter, PROMPTS, "comb:2")
