@@ -33,7 +33,7 @@ MOST_NODES = 1024
 """No tree is larger: a pass over so many nodes costs many times what it can win."""
 
 EXPANDED_PER_LEVEL = 4
-"""How many nodes of a level `best` expands: a draft step over four rows costs what one over one row does."""
+"""Most nodes of a level that `best` expands."""
 
 
 def ancestors(parents: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class TreePlan:
         width: children of an expanded node.
         depth: levels below the root; 0 means as deep as the drafter goes by itself.
         nodes: most nodes of a tree, the root included; with 1 there is nothing to guess.
-        floor: no further level is wanted where no path of the frontier has this log-probability.
+        floor: no children are wanted of nodes whose path has a lower log-probability.
     """
 
     kind: str
@@ -332,7 +332,7 @@ class TreeBuilder:
     """A tree under construction: a pool of nodes, and the frontier whose children are wanted next.
 
     Attributes:
-        frontier: [B, W] int64, pool columns of the nodes to expand; W = 1 at the root and for combs.
+        frontier: [B, W] int64, pool columns of the nodes to expand; W = 1 at the root and for combs, 0 at the end.
         level: depth of the frontier.
         tokens: [B, M] int64, the tokens of the pool, the root first.
         parents: [B, M] int64, the pool columns of the parents.
@@ -352,15 +352,7 @@ class TreeBuilder:
     @property
     def open(self) -> bool:
         """Whether another level is wanted."""
-        if self.level >= self.plan.depth or self.plan.nodes < 2:
-            return False
-        if self.level and not bool((self.path.gather(1, self.frontier) >= self.plan.floor).any()):
-            return False
-        if self.plan.kind != "best" or self.path.shape[1] < self.plan.nodes:
-            return True
-        # A child is never more probable than its parent: stop when no frontier node can beat the N-th best.
-        worst_kept = self.path.topk(self.plan.nodes, dim=1).values[:, -1]
-        return bool((self.path.gather(1, self.frontier).amax(1) > worst_kept).any())
+        return self.level < self.plan.depth and self.plan.nodes > 1 and self.frontier.shape[1] > 0
 
     @property
     def confidence(self) -> Tensor:
@@ -391,10 +383,22 @@ class TreeBuilder:
             self._laws.append((self.frontier, law))
         self.level += 1
         if self.plan.kind == "best":
-            count = min(EXPANDED_PER_LEVEL, expanded * width)
-            self.frontier = first + path.flatten(1).topk(count, dim=1).indices
+            likely = path.flatten(1).topk(min(EXPANDED_PER_LEVEL, expanded * width), dim=1)
+            wanted = int(self._hopeful(likely.values).sum(1).max())
+            self.frontier = first + likely.indices[:, :wanted]
         else:
             self.frontier = torch.full((batch, 1), first, device=tokens.device)
+
+    def _hopeful(self, path: Tensor) -> Tensor:
+        """[B, K] bool: which of these paths may have children that are kept.
+
+        A child is never more probable than its parent, so none has whose path is below the floor, or does not beat the
+        last one kept.
+        """
+        hopeful = path >= self.plan.floor
+        if self.path.shape[1] >= self.plan.nodes:
+            hopeful &= path > self.path.topk(self.plan.nodes, dim=1).values[:, -1:]
+        return hopeful
 
     def finish(self, sampled: Tensor | None = None) -> DraftTree:
         """The tree, parents before their children, siblings in the order of their scores; the pool becomes it.

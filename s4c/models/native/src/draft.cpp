@@ -96,18 +96,19 @@ class Drafting {
    private:
     int width() const { return static_cast<int>(trees_[0].frontier.size()); }
 
-    // A child is never more probable than its parent: a tree ends when no node of a frontier beats the last one kept.
-    bool open(int level) const {
-        if (level >= plan_.depth) return false;
-        bool likely = std::any_of(trees_.begin(), trees_.end(), [&](const Tree& tree) {
-            return std::any_of(tree.frontier.begin(), tree.frontier.end(), [&](int node) { return Tree::at(tree.path, node) >= plan_.floor; });
+    bool open(int level) const { return level < plan_.depth && width(); }
+
+    // How many of these nodes, the most probable first, may have children that are kept. A child is never more probable
+    // than its parent, so none has whose path is below the floor, or does not beat the last one kept.
+    int hopeful(const Tree& tree, const std::vector<int>& nodes) const {
+        float last = NEVER;
+        bool full = tree.size() >= plan_.nodes;
+        if (full) last = Tree::at(tree.path, tree.best(0, tree.size(), plan_.nodes).back());
+        auto without = std::find_if(nodes.begin(), nodes.end(), [&](int node) {
+            float path = Tree::at(tree.path, node);
+            return !(path >= plan_.floor) || (full && !(path > last));
         });
-        if (level && !likely) return false;
-        if (!plan_.best || trees_[0].size() < plan_.nodes) return true;
-        return std::any_of(trees_.begin(), trees_.end(), [&](const Tree& tree) {
-            float last = Tree::at(tree.path, tree.best(0, tree.size(), plan_.nodes).back());
-            return std::any_of(tree.frontier.begin(), tree.frontier.end(), [&](int node) { return Tree::at(tree.path, node) > last; });
-        });
+        return static_cast<int>(without - nodes.begin());
     }
 
     // The nodes of the frontier become rows of the round.
@@ -224,10 +225,14 @@ class Drafting {
                     tree.add(of.tokens[i], parent, above + (of.values[i] - total));
                 }
             }
-        int fresh = width() * children, expanded = plan_.best ? std::min(plan_.expanded, fresh) : 1;
+        int fresh = width() * children, wanted = plan_.best ? 0 : 1;
         for (Tree& tree : trees_) {
-            int first = tree.size() - fresh;
-            tree.frontier = plan_.best ? tree.best(first, tree.size(), expanded) : std::vector<int>{first};
+            tree.frontier = tree.best(tree.size() - fresh, tree.size(), plan_.expanded);
+            if (plan_.best) wanted = std::max(wanted, hopeful(tree, tree.frontier));
+        }
+        for (Tree& tree : trees_) {
+            if (plan_.best) tree.frontier.resize(static_cast<size_t>(wanted));
+            else tree.frontier = {tree.size() - fresh};
         }
     }
 
