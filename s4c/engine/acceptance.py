@@ -29,23 +29,22 @@ NEGLIGIBLE = 0.003
 """Chance below which the children of a node are not looked at."""
 
 MEMORY, SURPRISE = 0.98, 0.001
-"""What an observation still counts when the next one comes; how improbable a run of hits or misses shows that the text
-has changed."""
+"""What an observation still counts when another hit was expected; how improbable a run of hits or misses shows that the
+text has changed."""
 
 PRIOR_WEIGHT, LASTING_WEIGHT = 4.0, 0.25
-"""Observations that what is believed beforehand counts for at the start and after a surprise, and for ever."""
+"""Expected hits that what is believed beforehand counts for at the start and after a surprise, and for ever."""
 
 
 class Share:
     """How often something happens, of the times that it is expected: forgotten slowly, but at once after a surprise.
 
     Args:
-        prior: the chance at the start.
-        expected: the chance that each of the first observations was expected to have.
+        prior: the share at the start.
     """
 
-    def __init__(self, prior: float, expected: float = 1.0) -> None:
-        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT * expected
+    def __init__(self, prior: float) -> None:
+        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT
         self._last, self._run = False, 1.0
 
     def observe(self, hit: bool, chance: float, expected: float = 1.0) -> bool:
@@ -53,7 +52,7 @@ class Share:
         self._run = (self._run if hit == self._last else 1.0) * (chance if hit else 1 - chance)
         self._last = hit
         surprised = self._run < SURPRISE
-        self.fade(min(MEMORY, PRIOR_WEIGHT * expected / max(self.weight, expected)) if surprised else MEMORY)
+        self.fade(min(MEMORY**expected, PRIOR_WEIGHT / self.weight) if surprised else MEMORY**expected)
         self._run = 1.0 if surprised else self._run
         self.hits += hit
         self.weight += expected
@@ -64,10 +63,9 @@ class Share:
         self.hits *= memory
         self.weight *= memory
 
-    def value(self, prior: float, expected: float = 1.0) -> float:
+    def value(self, prior: float) -> float:
         """The share; where little is known, the prior."""
-        lasting = LASTING_WEIGHT * expected
-        return (self.hits + lasting * prior) / (self.weight + lasting)
+        return (self.hits + LASTING_WEIGHT * prior) / (self.weight + LASTING_WEIGHT)
 
 
 Cell = tuple[int, int, int]
@@ -116,7 +114,7 @@ class Acceptance:
 
     def chance(self, cell: Cell, law: float) -> float:
         """The calibrated chance of a node whose parent is accepted."""
-        return min(1.0, law * self._shares[cell].value(1.0, law)) if cell in self._shares else law
+        return min(1.0, law * self._shares[cell].value(1.0)) if cell in self._shares else law
 
     def follow(self, row: Row, tokens: Sequence[int]) -> list[int]:
         """Count the nodes that were to be right, and return the columns of those that were.
@@ -133,7 +131,7 @@ class Acceptance:
         for token in tokens:
             written = [v for v in children.get(path[-1], []) if row.tokens[v] == token]
             for v in children.get(path[-1], []):
-                share = self._shares.setdefault(row.cells[v], Share(row.laws[v], row.laws[v]))
+                share = self._shares.setdefault(row.cells[v], Share(1.0))
                 share.observe(v in written, self.chance(row.cells[v], row.laws[v]), row.laws[v])
             if not written:
                 break
