@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 
 from torch import Tensor
@@ -199,3 +200,9 @@ class Verdict:
     accepted: Tensor
     bonus: Tensor
     tokens: Tensor
+
+    @cached_property
+    def lines(self) -> list[tuple[list[int], list[int]]]:
+        """Of each sequence the columns of the root and the accepted nodes, and the tokens that it commits, as many."""
+        rows = zip(self.path.tolist(), self.tokens.tolist(), self.accepted.tolist(), strict=True)
+        return [(path[: count + 1], tokens[: count + 1]) for path, tokens, count in rows]

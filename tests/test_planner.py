@@ -23,7 +23,7 @@ from s4c.cli.main import app
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.engine import costs as costs_module
-from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
+from s4c.engine.costs import CONTEXT, Costs, Prices, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, POOL, CostPlanner, plans_by_levels
 from s4c.models.loading import load_target
 from s4c.types import DraftTree, Verdict
@@ -398,8 +398,11 @@ class WildCosts(Costs):
         super().__init__({1: 1.0, 32: 2.0}, {0: 0.0})
         self.random = random.Random(0)
 
-    def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
-        return self.random.uniform(0.1, 1.0)
+    def prices(self, batch: int, most: int, further: int = 0) -> Prices:
+        def some(count: int) -> list[float]:
+            return [self.random.uniform(0.1, 1.0) for _ in range(count)]
+
+        return Prices(some(most + 1), some(most + 1), some(DEEPEST + 1), 0.0)
 
 
 @pytest.fixture(scope="module")

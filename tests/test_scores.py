@@ -261,7 +261,7 @@ def test_the_choice_names_the_row_without_a_law(poison: list[float], words: str,
     logits = torch.zeros(3, 2, 3)
     logits[1, 1] = torch.tensor(poison)
     with pytest.raises(BadLogits, match=rf"sequence 1 of the batch .*{words}") as caught:
-        check_chosen(choose(logits, torch.zeros_like(logits) if noisy else None)[:, 1])
+        check_chosen(choose(logits, torch.zeros_like(logits) if noisy else None)[:, 1].tolist())
     assert caught.value.rows == [1]
 
 

@@ -132,8 +132,8 @@ class TinyDrafter(Drafter):
         return builder.finish()
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        for slot in range(tree.tokens.shape[0]):
-            self.last[slot] = output.features[slot, verdict.path[slot, verdict.accepted[slot]]]
+        for slot, (path, _) in enumerate(verdict.lines):
+            self.last[slot] = output.features[slot, path[-1]]
 
     def move(self, source: int, destination: int) -> None:
         self.last[destination] = self.last.pop(source)

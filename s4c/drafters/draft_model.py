@@ -250,11 +250,11 @@ class DraftModelDrafter(Drafter):
         return finish(sequences, builder)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        for slot, (count, tokens) in enumerate(zip(verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True)):
+        for slot, (_, tokens) in enumerate(verdict.lines):
             if self._rows is None:
-                self._unread[slot] = self._unread[slot] + tokens[:count]
+                self._unread[slot] = self._unread[slot] + tokens[:-1]
                 continue
-            rows, self._unread[slot] = accepted(self._rows, slot, tokens[:count])
+            rows, self._unread[slot] = accepted(self._rows, slot, tokens[:-1])
             self._stack.keep(slot, rows)
 
     def move(self, source: int, destination: int) -> None:

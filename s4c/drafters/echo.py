@@ -13,8 +13,10 @@ drafters are measured on; temperature and level of the tree ask for hardly diffe
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,33 +32,6 @@ NEAR, TELLING = 512, 3
 """Places further back speak only where so many tokens are the same: of frequent words there is no end."""
 
 
-class GrowingTokens:
-    """A text that grows, in one piece of memory.
-
-    Attributes:
-        count: of its tokens.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._room = torch.zeros(256, dtype=torch.int64, device=device)
-        self.count = 0
-
-    @property
-    def tokens(self) -> Tensor:
-        """[count] int64; a view, until more is appended."""
-        return self._room[: self.count]
-
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add tokens behind the others."""
-        end = self.count + len(tokens)
-        if end > len(self._room):
-            more = self._room.new_zeros(2 * end)
-            more[: self.count] = self.tokens
-            self._room = more
-        self._room[self.count : end] = torch.tensor(tokens, dtype=torch.int64, device=self._room.device)
-        self.count = end
-
-
 class Echo:
     """What the texts of the slots say of the children of nodes.
 
@@ -69,16 +44,15 @@ class Echo:
     def __init__(self, strength: float, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._weights = torch.tensor([strength * weight for weight in WEIGHTS], dtype=torch.float32, device=device)
-        self._texts: dict[int, GrowingTokens] = {}
+        self._texts: dict[int, array[int]] = {}
 
     def start(self, slot: int, tokens: Sequence[int]) -> None:
         """A sequence begins with these tokens."""
-        self._texts[slot] = GrowingTokens(self._weights.device)
-        self.add(slot, tokens)
+        self._texts[slot] = array("q", tokens)
 
     def add(self, slot: int, tokens: Sequence[int]) -> None:
         """It goes on with these."""
-        self._texts[slot].append(tokens)
+        self._texts[slot].extend(tokens)
 
     def move(self, source: int, destination: int) -> None:
         """The state of slot `source` becomes that of slot `destination`."""
@@ -86,7 +60,7 @@ class Echo:
 
     def kernels(self, batch: int) -> Texts:
         """For native drafting in the first slots."""
-        return Texts([self._texts[slot].tokens for slot in range(batch)], self._weights, NEAR, TELLING)
+        return Texts([self._texts[slot] for slot in range(batch)], self._weights, NEAR, TELLING)
 
     def joined(self, logits: Tensor, token_ids: Tensor, builder: TreeBuilder) -> Tensor:
         """Logits of q' from those of q; a token that has none gets none.
@@ -97,7 +71,7 @@ class Echo:
             token_ids: [V'] int64, the tokens of the columns.
             builder: the tree.
         """
-        texts = [self._texts[slot].tokens for slot in range(logits.shape[0])]
+        texts = [torch.from_numpy(np.array(self._texts[slot])).to(logits.device) for slot in range(logits.shape[0])]
         counts = torch.tensor([len(text) for text in texts], device=logits.device)[:, None]
         text = pad_sequence(texts, batch_first=True, padding_value=-1)
         places = torch.arange(text.shape[1] - 1, device=logits.device)

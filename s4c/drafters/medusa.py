@@ -174,8 +174,8 @@ class MedusaDrafter(Drafter):
         return finish(sequences, builder)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        for slot, (path, accepted) in enumerate(zip(verdict.path.tolist(), verdict.accepted.tolist(), strict=True)):
-            self._features[slot] = output.features[slot, path[accepted]].float().clone()
+        for slot, (path, _) in enumerate(verdict.lines):
+            self._features[slot] = output.features[slot, path[-1]].float().clone()
 
     def move(self, source: int, destination: int) -> None:
         self._features[destination] = self._features.pop(source)

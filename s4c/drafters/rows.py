@@ -10,13 +10,6 @@ from torch import Tensor
 from s4c.verify.tree import TreeBuilder
 
 
-def padded(lines: Sequence[list[int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """[B, M] int64 of lines of 1 to M tokens, zeros behind them, and their B lengths."""
-    counts = [len(line) for line in lines]
-    longest = max(counts)
-    return torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=device), counts
-
-
 class Rows:
     """Rows of the passes of one draft, in the order in which they are appended to the caches.
 
@@ -43,7 +36,9 @@ class Rows:
     @classmethod
     def of(cls, lines: Sequence[list[int]], device: torch.device) -> Rows:
         """The rows of text, [1 to M] tokens for each sequence."""
-        return cls(*padded(lines, device))
+        counts = [len(line) for line in lines]
+        longest = max(counts)
+        return cls(torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=device), counts)
 
     @property
     def count(self) -> int:

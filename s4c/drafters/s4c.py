@@ -43,7 +43,7 @@ from s4c.drafters.base import (
     noise_by_level,
 )
 from s4c.drafters.echo import Echo
-from s4c.drafters.rows import Rows, padded
+from s4c.drafters.rows import Rows
 from s4c.drafters.vocabulary import ContextVocabulary
 from s4c.models.base import Target
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
@@ -380,17 +380,17 @@ class S4CDrafter(Drafter):
             for state, root in zip(states, sequences.roots.tolist(), strict=True):
                 state.tokens = [*state.tokens, root]
             return root_only(sequences.roots)
-        tokens, counts, features = self._unread(states, sequences.roots)
+        unread, features = self._unread(states, sequences.roots)
         carry = torch.stack([state.carry for state in states])
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
             texts = self._echo.kernels(len(states)) if self._echo else None
-            tree = self._native.grow(plan, tokens, counts, features, carry, temperatures, noise, further, texts)
+            tree = self._native.grow(plan, unread, features, carry, temperatures, noise, further, texts)
         else:
-            tree, carry = self._grow(sequences, plan, Rows(tokens, counts), features, carry)
-        self._settle(states, counts, carry, 0)
+            tree, carry = self._grow(sequences, plan, Rows.of(unread, self.device), features, carry)
+        self._settle(states, [len(line) for line in unread], carry, 0)
         return tree
 
     def _grow(
@@ -423,11 +423,10 @@ class S4CDrafter(Drafter):
         return torch.cat([logits, further], -1), torch.cat([self.token_ids, ids])
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        accepted = verdict.accepted.tolist()
-        for slot, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
+        for slot, (path, tokens) in enumerate(verdict.lines):
             state = self._slots[slot]
-            state.tokens = state.tokens + tokens[:count]
-            new = output.features[slot, verdict.path[slot, : count + 1]].float()
+            state.tokens = state.tokens + tokens[:-1]
+            new = output.features[slot, path].float()
             state.features.append(new)
             state.past.append(new)
 
@@ -438,14 +437,15 @@ class S4CDrafter(Drafter):
         for memory in self._memories():
             memory.move(source, destination)
 
-    def _unread(self, states: list[_Slot], roots: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """The text that the heads have not taken in yet, its lengths, and what head 1 reads there, [B, M, d]."""
+    def _unread(self, states: list[_Slot], roots: Tensor) -> tuple[list[list[int]], Tensor]:
+        """The text that the heads have not taken in yet, up to M tokens, and what head 1 reads there, [B, M, d]."""
         lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
         for memory in self._memories():
             for slot, line in enumerate(lines):
                 memory.add(slot, line)
         features = [torch.cat(s.features) if len(s.features) > 1 else s.features[0] for s in states]
-        return *padded(lines, self.device), self._blend(pad_sequence(features, batch_first=True))
+        alone = len(features) == 1
+        return lines, self._blend(features[0][None] if alone else pad_sequence(features, batch_first=True))
 
     def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.

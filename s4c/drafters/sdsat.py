@@ -31,7 +31,7 @@ from s4c.models.layers import Rotary, grouped_mask
 from s4c.models.llama import LlamaTarget, OpenModel
 from s4c.models.native.rows import native_top_and_total
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreePlan, root_only
+from s4c.verify.tree import TreePlan, lines, root_only
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -268,10 +268,9 @@ class SDSATDrafter(Drafter):
         return hang(tree, self._carriers(tree, laws), self._first, self.config.tokens)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        columns = tree.tokens.tolist(), tree.parents.tolist(), verdict.path.tolist(), verdict.accepted.tolist()
-        for slot, (tokens, parents, path, accepted) in enumerate(zip(*columns, strict=True)):
+        for slot, ((tokens, parents, *_), (path, _)) in enumerate(zip(lines(tree), verdict.lines, strict=True)):
             groups = {parents[column]: column for column, token in enumerate(tokens) if token == self._first}
-            said = self._said(groups, path[: accepted + 1])
+            said = self._said(groups, path)
             self._laws[slot] = output.logits[slot, said].clone()
 
     def move(self, source: int, destination: int) -> None:

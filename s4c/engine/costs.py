@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -106,6 +107,28 @@ class Paces:
         return recent.middle if recent else 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Seconds of rounds of one batch behind contexts of one length, as the machine is now.
+
+    Attributes:
+        passes: by nodes of each tree, as they were measured.
+        paces: by which the passes, and drafts beside them, take longer now.
+        drafts: by levels.
+        rest: of a round.
+    """
+
+    passes: list[float]
+    paces: list[float]
+    drafts: list[float]
+    rest: float
+
+    def round(self, nodes: int, levels: int) -> float:
+        """Of a round with trees of that many nodes after a draft of that many levels."""
+        draft = self.drafts[levels] if levels < len(self.drafts) else 0.0
+        return self.paces[nodes] * (self.passes[nodes] + draft) + self.rest
+
+
 class Costs:
     """Seconds of rounds.
 
@@ -139,26 +162,40 @@ class Costs:
             levels: of the draft.
             further: tokens of their contexts, all together, beyond `CONTEXT` for each; below 0 where they are shorter.
         """
-        drafted = self._drafts.get((batch, levels))
-        draft = self.drafts.get(levels, 0.0) if drafted is None else drafted.middle
-        return self._paces.of(batch * nodes) * (self._pass(batch, nodes, further) + draft) + self._rest.middle
+        return self.prices(batch, nodes, further).round(nodes, levels)
+
+    def prices(self, batch: int, most: int, further: int = 0) -> Prices:
+        """The same for all trees of up to `most` nodes and drafts of any depth."""
+        near = self._near(batch, most)
+        each, by_node = self.attention
+        further = max(further, -CONTEXT * batch)
+        share = 1 / (2 * CONTEXT * batch)  # no more than half of a pass was attention
+        narrow, wide = self._paces.of(NARROW), self._paces.of(NARROW + 1)
+        drafts = [self.drafts.get(level, 0.0) for level in range(1 + max(self.drafts, default=0))]
+        for (size, level), seen in self._drafts.items():
+            if size == batch and level < len(drafts):
+                drafts[level] = seen.middle
+        return Prices(
+            [seconds + further * min(each + by_node * nodes, seconds * share) for nodes, seconds in enumerate(near)],
+            [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
+            drafts,
+            self._rest.middle,
+        )
 
     def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them."""
         passed = seconds["verify"] + seconds["judge"]
-        self._paces.add(batch * nodes, passed / self._pass(batch, nodes, further))
+        self._paces.add(batch * nodes, passed / self.prices(batch, nodes, further).passes[nodes])
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._paces.of(batch * nodes)
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
-    def _pass(self, batch: int, nodes: int, further: int) -> float:
-        tokens = batch * nodes
-        beyond = tokens - len(self._table) + 1
-        near = self._table[-1] + beyond * self._slope if beyond > 0 else self._table[tokens]
-        each, by_node = self.attention
-        at_most = near / (2 * CONTEXT * batch)  # no more than half of a pass was attention
-        return near + max(further, -CONTEXT * batch) * min(each + by_node * nodes, at_most)
+    def _near(self, batch: int, most: int) -> list[float]:
+        """Seconds of passes over 0 to `most` tokens of each sequence, behind `CONTEXT` others."""
+        tokens = range(0, batch * most + 1, batch)
+        inside = self._table[: tokens.stop : batch]
+        return inside + [self._table[-1] + (n - len(self._table) + 1) * self._slope for n in tokens[len(inside) :]]
 
 
 def _between(passes: Mapping[int, float]) -> list[float]:

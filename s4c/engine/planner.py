@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
-from s4c.engine.costs import CONTEXT, Costs
+from s4c.engine.costs import CONTEXT, Costs, Prices
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import TreePlan, lines, pruned
 
@@ -113,6 +113,7 @@ class _Round:
     """What was decided for a round, and what the record of it needs."""
 
     batch: int
+    prices: Prices
     further: int = 0
     levels: int = 0
     certainties: list[list[float]] = field(default_factory=list)
@@ -141,10 +142,11 @@ class CostPlanner:
         self.levels = [Level() for _ in range(DEEPEST + 1)]
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
-        self._round = _Round(1)
+        self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
-        self._round = _Round(len(contexts), sum(contexts) - CONTEXT * len(contexts))
+        batch, further = len(contexts), sum(contexts) - CONTEXT * len(contexts)
+        self._round = _Round(batch, self.costs.prices(batch, self.pool, further), further)
         return self._decide([])
 
     def beside(self, other: DraftTree) -> TreePlan:
@@ -172,14 +174,13 @@ class CostPlanner:
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
         self.costs.observe(now.batch, now.size + self._beside(now.levels), now.levels, seconds, now.further)
-        accepted = verdict.accepted.tolist()
-        for b, (count, tokens) in enumerate(zip(accepted, verdict.tokens.tolist(), strict=True)):
-            self._learn(b, tokens[: count + 1])
-        self._settle(now.batch + sum(accepted))
+        for b, (_, tokens) in enumerate(verdict.lines):
+            self._learn(b, tokens)
+        self._settle(sum(len(tokens) for _, tokens in verdict.lines))
 
     def _seconds(self, size: int, levels: int) -> float:
         """What this round costs with trees of that size after a draft of that many levels."""
-        return self.costs.round(self._round.batch, size + self._beside(levels), levels, self._round.further)
+        return self._round.prices.round(size + self._beside(levels), levels)
 
     def _beside(self, levels: int) -> int:
         """Rows of probes in the pass of a round that drafts that many levels."""
@@ -188,11 +189,10 @@ class CostPlanner:
     def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
         ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
-        most = max((len(row.tokens) for row in rows), default=1)
         tokens = float(self._round.batch)
         best = (1, tokens, self._seconds(1, levels))
-        for size in range(2, most + 1):
-            tokens += sum(chances[size - 2] for chances in ordered)
+        for size, column in enumerate(zip(*ordered, strict=True), start=2):
+            tokens += sum(column)
             seconds = self._seconds(size, levels)
             if tokens * best[2] > best[1] * seconds:
                 best = (size, tokens, seconds)

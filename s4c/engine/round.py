@@ -135,10 +135,9 @@ class Engine:
         return values
 
     def _append(self, running: list[Sequence], verdict: Verdict, logprobs: list[list[float]] | None) -> None:
-        accepted = verdict.accepted.tolist()
-        for row, (sequence, tokens) in enumerate(zip(running, verdict.tokens.tolist(), strict=True)):
+        for row, (sequence, (_, tokens)) in enumerate(zip(running, verdict.lines, strict=True)):
             if not sequence.finished:
-                sequence.append(tokens[: accepted[row] + 1], logprobs[row] if logprobs else None)
+                sequence.append(tokens, logprobs[row] if logprobs else None)
 
     def _account(self, running: list[Sequence], tree: DraftTree, timer: StepTimer, seconds: float) -> None:
         for sequence in running:

@@ -207,8 +207,8 @@ class LlamaTarget(Target):
         return x, AdaptedRows(adapter, rows)
 
     def commit(self, verdict: Verdict) -> None:
-        for slot, (path, accepted) in enumerate(zip(verdict.path.tolist(), verdict.accepted.tolist(), strict=True)):
-            self._stack.keep(slot, path[: accepted + 1])
+        for slot, (path, _) in enumerate(verdict.lines):
+            self._stack.keep(slot, path)
 
     def move(self, source: int, destination: int) -> None:
         self._stack.move(source, destination)

@@ -199,11 +199,11 @@ class Recording(NoDrafter):
         self._slots[slot] = _Thoughts(tokens.tolist(), [features])
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
-        for slot, (root, bonus) in enumerate(zip(tree.tokens[:, 0].tolist(), verdict.bonus.tolist(), strict=True)):
+        for slot, (root, (_, tokens)) in enumerate(zip(tree.tokens[:, 0].tolist(), verdict.lines, strict=True)):
             thoughts = self._slots[slot]
             thoughts.tokens.append(root)
             thoughts.features.append(output.features[slot, :1].clone())
-            thoughts.last = bonus
+            thoughts.last = tokens[-1]
 
     def move(self, source: int, destination: int) -> None:
         self._keep(destination)

@@ -26,6 +26,7 @@ from s4c.verify import tree as trees
 from s4c.verify.noise import NoiseTable
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
+from s4c.verify.verdict import ListedVerdict
 
 RANKS = 8
 """Acceptance is reported for the top 1 .. RANKS tokens of a head."""
@@ -150,12 +151,10 @@ def _judge(tree: DraftTree, running: Sequence[_Running], roots_at: Tensor) -> tu
         [[r.tokens[p + 1] if p + 1 < len(r.tokens) else -1 for p in row] for r, row in zip(running, at, strict=True)],
         device=tree.tokens.device,
     )
-    verdict = rules.follow(tree, choice)
-    verdict.bonus.clamp_(min=0)
-    verdict.tokens.clamp_(min=0)
+    followed = rules.follow(tree, choice).lines
+    verdict = ListedVerdict([(path, [max(token, 0) for token in tokens]) for path, tokens in followed], choice.device)
     features = running[0].features.new_zeros(*tree.tokens.shape, running[0].features.shape[-1])
-    for b, r in enumerate(running):
-        path = verdict.path[b, : int(verdict.accepted[b]) + 1]
+    for b, (r, (path, _)) in enumerate(zip(running, verdict.lines, strict=True)):
         start = int(roots_at[b])
         features[b, path] = r.features[start : start + len(path)]
     return verdict, TargetOutput(logits=features.new_zeros(*tree.tokens.shape, 0), features=features)
@@ -163,7 +162,8 @@ def _judge(tree: DraftTree, running: Sequence[_Running], roots_at: Tensor) -> tu
 
 def _count(result: Simulation, running: Sequence[_Running], verdict: Verdict) -> int:
     committed = 0
-    for r, accepted in zip(running, verdict.accepted.tolist(), strict=True):
+    for r, (path, _) in zip(running, verdict.lines, strict=True):
+        accepted = len(path) - 1
         gained = min(accepted + 1, len(r.tokens) - r.committed)
         r.committed += gained
         committed += gained

@@ -35,6 +35,7 @@ from torch import Tensor
 from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.noise import RESIDUAL_STREAM, coins
 from s4c.verify.scores import Scores, check_chosen, choose, seed_of
+from s4c.verify.verdict import ListedVerdict
 
 Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 
@@ -42,7 +43,7 @@ Rule = Callable[[DraftTree, TargetOutput, Scores], Verdict]
 def coupled(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     """The coupled rule; see the head of this file."""
     verdict = walked(tree, output, scores)
-    check_chosen(verdict.bonus)
+    check_chosen([tokens[-1] for _, tokens in verdict.lines])
     return verdict
 
 
@@ -60,20 +61,16 @@ def follow(tree: DraftTree, choice: Tensor) -> Verdict:
         choice: [B, N] int64, the target's token after each node.
     """
     if tree.size == 1:
-        root = torch.zeros_like(choice)
-        return Verdict(path=root, accepted=root[:, 0], bonus=choice[:, 0], tokens=choice)
+        return ListedVerdict([([0], chosen) for chosen in choice.tolist()], choice.device)
     # As lists: a device is waited for once, and a walk over a few nodes is shorter than the launch of its first kernel.
     numbers = torch.stack([tree.tokens, tree.parents, tree.candidate.long(), choice]).tolist()
-    paths = [_walk(*row) for row in zip(*numbers, strict=True)]
-    longest = max(len(path) for path in paths)
-    columns = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths], device=choice.device)
-    tokens = choice.gather(1, columns)
-    accepted = torch.tensor([len(path) - 1 for path in paths], device=choice.device)
-    return Verdict(path=columns, accepted=accepted, bonus=tokens[:, -1], tokens=tokens)
+    return ListedVerdict([_walk(*row) for row in zip(*numbers, strict=True)], choice.device)
 
 
-def _walk(tokens: list[int], parents: list[int], candidate: list[int], choice: list[int]) -> list[int]:
-    """The columns of the accepted path of one sequence, the root first."""
+def _walk(
+    tokens: list[int], parents: list[int], candidate: list[int], choice: list[int]
+) -> tuple[list[int], list[int]]:
+    """The columns of the accepted path of one sequence, the root first, and the tokens chosen there."""
     child: dict[tuple[int, int], int] = {}
     for column, may in enumerate(candidate):
         if may:
@@ -81,7 +78,7 @@ def _walk(tokens: list[int], parents: list[int], candidate: list[int], choice: l
     path = [0]
     while (following := child.get((path[-1], choice[path[-1]]))) is not None:
         path.append(following)
-    return path
+    return path, [choice[column] for column in path]
 
 
 class Chance(Protocol):
@@ -124,7 +121,7 @@ def rejection(tree: DraftTree, output: TargetOutput, scores: Scores, chance: Cha
             choice[row, node] = chosen
             node = next((child for child in siblings if int(tree.tokens[row, child]) == chosen), None)
     verdict = follow(tree, choice)
-    check_chosen(verdict.bonus)
+    check_chosen([tokens[-1] for _, tokens in verdict.lines])
     return verdict
 
 

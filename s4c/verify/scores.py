@@ -306,13 +306,13 @@ def highest(x: Tensor) -> tuple[Tensor, Tensor]:
     return best, block * MAXIMUM_BLOCK + inside
 
 
-def check_chosen(tokens: Tensor) -> None:
-    """Refuse tokens [B] among which one stands for a missing law.
+def check_chosen(tokens: Sequence[int]) -> None:
+    """Refuse tokens of the rows of a batch among which one stands for a missing law.
 
     Raises:
         BadLogits: there is one; the message and `rows` name its row of the batch.
     """
-    marks = {row: token for row, token in enumerate(tokens.tolist()) if token < 0}
+    marks = {row: token for row, token in enumerate(tokens) if token < 0}
     if marks:
         rows = list(marks)
         what = "hold NaN or infinity: weights or activations overflow; try dtype float32"

@@ -34,7 +34,7 @@ def typical(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     stands, log_p = typical_nodes(processed.log_softmax(-1), tree)
     warm = torch.tensor([request.temperature > 0 for request in scores.params], device=choice.device)
     verdict = follow(tree, force(choice, tree, longest_path(stands & warm[:, None], log_p, tree)))
-    check_chosen(verdict.bonus)
+    check_chosen([tokens[-1] for _, tokens in verdict.lines])
     return verdict
 
 

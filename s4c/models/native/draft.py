@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,12 +29,12 @@ class Texts:
     """What the kernels need to echo what followed in the text before (s4c/drafters/echo.py).
 
     Attributes:
-        tokens: of each sequence its text, [n] int64, the root last.
+        tokens: of each sequence its text, numbers of 64 bits, the root last.
         weights: [L] float32, of a place whose last 1, 2, .., L tokens are those of a path.
         near, telling: places further back than the one weigh nothing with fewer tokens than the other.
     """
 
-    tokens: Sequence[Tensor]
+    tokens: Sequence[array[int]]
     weights: Tensor
     near: int
     telling: int
@@ -76,8 +78,7 @@ class NativeDraft:
     def grow(
         self,
         plan: TreePlan,
-        tokens: Tensor,
-        counts: Sequence[int],
+        unread: Sequence[Sequence[int]],
         features: Tensor,
         carry: Tensor,
         temperatures: Sequence[float],
@@ -89,9 +90,8 @@ class NativeDraft:
 
         Args:
             plan: a tree that `grows`.
-            tokens: [B, M] int64, what the heads have not seen yet, the roots last, then padding.
-            counts: B numbers of tokens without padding.
-            features: [B, M, d] float32, the target's, one position before each token.
+            unread: of each sequence 1 to M tokens, what the heads have not seen yet, the root last.
+            features: [B, M, d] float32, the target's, one position before each of them, then padding.
             carry: [B, H - 1, d] float32, what all heads but the last gave at the last committed position; it is
                 brought up to the root.
             temperatures: of the B requests.
@@ -100,33 +100,37 @@ class NativeDraft:
                 [at least as many as its outputs] int64, these tokens; None where there are none.
             texts: of the sequences, where they are to be echoed.
         """
-        batch, longest = tokens.shape
+        batch, longest, _ = features.shape
+        tokens = (ctypes.c_int64 * (batch * longest))(
+            *chain.from_iterable([*u, *[0] * (longest - len(u))] for u in unread)
+        )
         most = plan.nodes if plan.kind == "best" else plan.width * plan.depth + 1
         lengths = self._stacks[0].lengths[:batch]
         for stack in self._stacks:
             stack.reserve(batch, max(lengths) + longest + EXPANDED_PER_LEVEL * plan.depth)
         assert len(noise) == batch * plan.depth
         assert len(further) == batch
-        tokens, features = tokens.contiguous(), features.contiguous()
+        features = features.contiguous()
         assert features.dtype == carry.dtype == torch.float32
         assert carry.is_contiguous()
-        held = (
-            (ctypes.c_int32 * batch)(*counts),
+        held: list[Any] = [
+            tokens,
+            (ctypes.c_int32 * batch)(*(len(line) for line in unread)),
             (ctypes.c_int32 * batch)(*lengths),
             (ctypes.c_float * batch)(*temperatures),
             pointers([None if row is None else row.data_ptr() for row in noise]),
             pointers([None if more is None else ctypes.addressof(more[0].c) for more in further]),
             pointers([None if more is None else more[1].data_ptr() for more in further]),
-        )
-        counted, committed, *rest = (ctypes.cast(array, ctypes.c_void_p) for array in held)
-        echoed: tuple[Any, ...] = (None, None, None, 0, 0, 0)
+        ]
+        echoed: tuple[Any, ...] = (None, 0, 0, 0)
         if texts is not None:
-            starts = pointers([text.data_ptr() for text in texts.tokens])
-            ends = (ctypes.c_int32 * batch)(*(len(text) for text in texts.tokens))
-            arrays = (ctypes.cast(array, ctypes.c_void_p) for array in (starts, ends))
-            echoed = (*arrays, texts.weights.data_ptr(), len(texts.weights), texts.near, texts.telling)
+            held.append(pointers([text.buffer_info()[0] for text in texts.tokens]))
+            held.append((ctypes.c_int32 * batch)(*(len(text) for text in texts.tokens)))
+            echoed = (texts.weights.data_ptr(), len(texts.weights), texts.near, texts.telling)
+        read, counted, committed, *rest = (ctypes.addressof(array) for array in held)
+        heard = () if texts is not None else (None, None)
         shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
-        addresses = tokens.data_ptr(), counted, committed, features.data_ptr(), carry.data_ptr(), *rest
+        addresses = read, counted, committed, features.data_ptr(), carry.data_ptr(), *rest, *heard
         room = batch * most
         drafted, parents = (ctypes.c_int64 * room)(), (ctypes.c_int64 * room)()
         paths, candidate = (ctypes.c_float * room)(), (ctypes.c_bool * room)()

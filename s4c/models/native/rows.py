@@ -11,7 +11,8 @@ from torch import Tensor
 from s4c.models.native import library
 from s4c.types import DraftTree, Verdict
 from s4c.verify.noise import CPU
-from s4c.verify.tree import top_and_total
+from s4c.verify.tree import lines, top_and_total
+from s4c.verify.verdict import ListedVerdict
 
 MOST_TOP = 64
 """What core.h allows."""
@@ -34,24 +35,21 @@ def native_judge(
     tree: DraftTree, logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor | None]
 ) -> Verdict:
     """The coupled rule in one call that looks at no row off the accepted path; see `s4c.verify.scores.Judge`."""
-    tokens, parents, candidate = (x.contiguous() for x in (tree.tokens, tree.parents, tree.candidate))
-    logits = logits.contiguous()
+    tokens, parents, logits = tree.tokens.contiguous(), tree.parents.contiguous(), logits.contiguous()
     assert logits.dtype == torch.float32
     assert logits.shape[:2] == tokens.shape
     batch, nodes, columns = logits.shape
+    candidate = (ctypes.c_bool * (batch * nodes))(*(flag for _, _, row, _ in lines(tree) for flag in row))
     cooling = (ctypes.c_float * batch)(*temperatures)
     noisy = library.pointers([None if row is None else row.data_ptr() for row in noise])
-    held = (ctypes.cast(cooling, ctypes.c_void_p), ctypes.cast(noisy, ctypes.c_void_p) if noise else None)
-    addresses = (tokens.data_ptr(), parents.data_ptr(), candidate.data_ptr(), *held)
-    trees = library.CTrees(batch, nodes, len(noise) // batch, *addresses)
-    # One tensor and views of it: after a pass, which leaves nothing in the caches, each kind of operation takes 30 us.
-    starts = [0, batch * nodes, 2 * batch * nodes]
-    out = torch.empty(starts[2] + batch, dtype=torch.int64)
-    places = (out.data_ptr() + start * out.itemsize for start in starts)
-    longest = library.check(library.core().s4c_judge(ctypes.byref(trees), logits.data_ptr(), columns, *places))
-    paths, chosen = (out.as_strided((batch, longest + 1), (nodes, 1), start) for start in starts[:2])
-    bonus, accepted = out.as_strided((batch,), (nodes,), starts[1] + longest), out.as_strided((batch,), (1,), starts[2])
-    return Verdict(paths, accepted, bonus, chosen)
+    addresses = (tokens.data_ptr(), parents.data_ptr(), ctypes.addressof(candidate))
+    held = (ctypes.addressof(cooling), ctypes.addressof(noisy) if noise else None)
+    trees = library.CTrees(batch, nodes, len(noise) // batch, *addresses, *held)
+    room = ctypes.c_int64 * (batch * nodes)
+    paths, chosen, accepted = room(), room(), (ctypes.c_int64 * batch)()
+    library.check(library.core().s4c_judge(ctypes.byref(trees), logits.data_ptr(), columns, paths, chosen, accepted))
+    parts = [slice(b * nodes, b * nodes + count + 1) for b, count in enumerate(accepted)]
+    return ListedVerdict([(paths[part], chosen[part]) for part in parts], CPU)
 
 
 def native_gumbel(seed: int, stream: int, position: int, size: int, device: torch.device = CPU) -> Tensor:
