@@ -426,7 +426,9 @@ class S4CDrafter(Drafter):
         for slot, (path, tokens) in enumerate(verdict.lines):
             state = self._slots[slot]
             state.tokens = state.tokens + tokens[:-1]
-            new = output.features[slot, path].float()
+            straight = path[-1] == len(path) - 1
+            rows = output.features[slot, : len(path)] if straight else output.features[slot, path]
+            new = rows.to(torch.float32, copy=straight)  # of its own, for the others are let go
             state.features.append(new)
             state.past.append(new)
 
