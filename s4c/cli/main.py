@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import s4c
+from s4c.cli.average import average
 from s4c.cli.bench import app as bench
 from s4c.cli.chat import chat
 from s4c.cli.distill import distill
@@ -72,5 +73,6 @@ app.command()(chat)
 app.command()(info)
 app.command()(distill)
 app.command()(train)
+app.command()(average)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
