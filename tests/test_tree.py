@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -217,6 +218,32 @@ def test_best_stops_early_only_when_nothing_better_can_come() -> None:
     barely = TreePlan.parse("best:3x2").grow(torch.tensor([7]))
     barely.extend(torch.tensor([[[0.6, 0.4]]]).log())
     assert barely.open, "0.6 * 0.9 > 0.4"
+
+
+def test_nodes_whose_children_could_not_be_kept_are_not_expanded() -> None:
+    law = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    free, full = (TreePlan.parse(form).grow(torch.tensor([7])) for form in ("best:9x4", "best:4x4"))
+    floored = replace(TreePlan.parse("best:9x4"), floor=math.log(0.2)).grow(torch.tensor([7]))
+    for builder in (free, full, floored):
+        builder.extend(law.expand(1, 1, 4))
+    assert free.frontier.tolist() == [[1, 2, 3, 4]], "there is room for all"
+    assert full.frontier.tolist() == [[1, 2]], "the third is the last that is kept"
+    assert floored.frontier.tolist() == [[1, 2]]
+    floored.extend(law.expand(1, 2, 4))
+    assert floored.frontier.shape == (1, 1), "0.5 * 0.5 alone"
+    floored.extend(law.expand(1, 1, 4))
+    assert not floored.open
+    check_contract(floored.finish())
+
+
+def test_a_frontier_is_as_wide_as_the_tree_of_a_batch_that_wants_most() -> None:
+    """Of the flat law no child beats the last one that is kept; of the sharp one a single child does."""
+    sharp, flat = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]]).log()
+    for laws, width in (([flat], 0), ([sharp], 1), ([sharp, flat], 1)):
+        builder = TreePlan.parse("best:4x3").grow(torch.arange(len(laws)))
+        builder.extend(torch.stack(laws)[:, None])
+        assert builder.frontier.shape == (len(laws), width)
+        assert builder.open == (width > 0)
 
 
 def test_trees_of_a_batch_grow_apart() -> None:
