@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 LARGEST = 1e6
@@ -167,6 +168,11 @@ class DraftTree:
     @property
     def size(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are, or will be made."""
+        return self.tokens.device
 
 
 @dataclass

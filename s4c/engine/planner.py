@@ -50,6 +50,9 @@ NAME = "plan"
 WIDTH, POOL = 8, 32
 """Most children of a node, and nodes to choose from."""
 
+SPARE, RECEDING = 2, 0.25
+"""Nodes that are drafted beyond the largest of the latest trees, and how much smaller that one counts each round."""
+
 TRYING = 0.01
 """Part of the time that tries may lose."""
 
@@ -142,6 +145,7 @@ class CostPlanner:
         self.levels = [Level() for _ in range(DEEPEST + 1)]
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
+        self._largest = float(POOL)
         self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
@@ -166,6 +170,7 @@ class CostPlanner:
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels)
+        self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
         now.kept = [[0, *sorted(order[: now.size - 1])] for order in orders]  # of equals the first: parents stay
@@ -218,7 +223,8 @@ class CostPlanner:
             if tokens / cost > tried_rate:
                 tried, tried_rate, now.stake = level, tokens / cost, cost - seconds
         now.levels = best or (tried if self._credit >= now.stake else 0)
-        return self._planned(max(2, POOL - found + 1) if now.levels else 1, best_rate if best else 0.0)
+        nodes = max(2, min(POOL - found + 1, int(self._largest) + SPARE))
+        return self._planned(nodes if now.levels else 1, best_rate if best else 0.0)
 
     def _planned(self, nodes: int, rate: float) -> TreePlan:
         """The plan of a decision; its floor is where a level costs more than it can bring."""

@@ -174,6 +174,10 @@ class ListedTree(DraftTree):
     def size(self) -> int:
         return self._size
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def lines(self) -> list[Line]:
         """See `lines`."""
         return self._rows
@@ -215,7 +219,7 @@ def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
                     if node is not None:
                         line[node] = believed[column]
         rows.append(row.line)
-    return ListedTree(rows, tree.tokens.device)
+    return ListedTree(rows, tree.device)
 
 
 def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
@@ -231,7 +235,7 @@ def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
         above = [-1, *(place[parents[column]] for column in columns[1:])]
         thoughts = [[line[column] for column in columns] for line in belief]
         rows.append(([tokens[c] for c in columns], above, [candidate[c] for c in columns], thoughts))
-    return ListedTree(rows, tree.tokens.device)
+    return ListedTree(rows, tree.device)
 
 
 def lines(tree: DraftTree) -> list[Line]:
