@@ -85,12 +85,27 @@ def test_the_best_of_both_is_accepted(target: str, temperature: float) -> None:
         assert found.stats.acceptance_histogram[4] >= 1
 
 
-def test_the_first_gets_the_nodes_that_the_second_leaves(target: str) -> None:
-    for found, left in (([], 16), ([1, 2], 14), ([1, 2, 3, 4], 12)):
-        first = Fixed([1])
-        llm = LLM(target, CombinedDrafter(first, Fixed(found)), tree="best:16", threads=1)
-        llm.generate([5, 6], SamplingParams(max_new_tokens=2, ignore_eos=True))
-        assert first.plans[0].nodes == left
+def believed(paths: list[list[list[int]]], chances: list[list[float]]) -> DraftTree:
+    return from_paths(torch.arange(len(paths)), paths, 32, chances)
+
+
+def test_of_a_best_tree_the_nodes_stay_that_either_believes_most() -> None:
+    first = believed([[[1, 2, 3], [4]], [[5]]], [[0.8, 0.1], [0.9]])
+    second = believed([[[1, 6], [7]], [[8, 9]]], [[0.5, 0.6], [0.3]])
+    whole = merge(first, second)
+    cut = TreePlan.parse("best:5").cut(whole)
+    assert set(texts(cut, 0)) == {(1,), (1, 2), (7,), (1, 2, 3)}, "0.8, 0.64, 0.6, 0.51"
+    assert set(texts(cut, 1)) == {(5,), (8,), (8, 9)}
+    assert cut.belief is not None
+    assert cut.belief.shape == (2, 2, 5)
+    for plan in ("best:16", "comb:2x1", "chain:1"):
+        assert TreePlan.parse(plan).cut(whole) is whole
+
+
+def test_where_nothing_is_believed_the_first_nodes_stay() -> None:
+    whole = believed([[[1, 2], [3]]], [[0.1, 0.9]])
+    mute = DraftTree(whole.tokens, whole.parents, whole.candidate, whole.sampled)
+    assert TreePlan.parse("best:3").cut(mute).tokens.tolist() == whole.tokens[:, :3].tolist()
 
 
 @pytest.mark.parametrize("tree", ["comb:2", "comb:2x3", "chain:3"])

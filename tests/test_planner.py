@@ -246,7 +246,7 @@ class Text:
             plan = plan.beside(found)
         levels = plan.depth if plan.nodes > 1 else 0
         tree = from_paths(root, [[[1] * levels, [2]] if levels else []], plan.nodes, [[0.7, 0.2]])
-        tree = planner.prune(tree if found is None else merge(tree, found, plan.limit))
+        tree = planner.prune(tree if found is None else merge(tree, found))
         ahead = 0
         while ahead < 9 and self.random.random() < (right if beside is None else beside):
             ahead += 1

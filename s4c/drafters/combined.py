@@ -21,8 +21,8 @@ class CombinedDrafter(Drafter):
 
     Args:
         first: the one whose tree it is.
-        second: the one whose guesses are added. Of a `best` tree it gets up to half of the nodes, and those that
-            it leaves go to the first; other trees keep their shape, and it adds to them.
+        second: the one whose guesses are added. Of both a `best` tree takes the nodes that either believes most; other
+            trees, and those with probes, keep their shape, and it adds to them.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
@@ -44,11 +44,11 @@ class CombinedDrafter(Drafter):
 
     def propose(self, sequences: Sequences) -> DraftTree:
         beside = self.second.propose(replace(sequences, plan=self._second_plan))
-        plan = sequences.plan.beside(beside)
-        tree = self.first.propose(replace(sequences, plan=plan))
+        tree = self.first.propose(replace(sequences, plan=sequences.plan.beside(beside)))
         if sequences.sampled and bool(tree.sampled.any()):  # its law is that of its draws: nothing may be added
             return tree
-        return merge(tree, beside, sequences.plan.limit + max(0, tree.size - plan.nodes))
+        both = merge(tree, beside)
+        return both if self.probes else sequences.plan.cut(both)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         for drafter in (self.first, self.second):

@@ -42,7 +42,7 @@ from typing import Protocol
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
 from s4c.engine.costs import CONTEXT, Costs, Prices
 from s4c.types import DraftTree, Verdict
-from s4c.verify.tree import TreePlan, lines, pruned
+from s4c.verify.tree import TreePlan, lines, most_believed, pruned
 
 NAME = "plan"
 """What users write in place of a tree."""
@@ -300,9 +300,8 @@ class Planned(TreePlan):
         assert self.planner is not None
         return self.planner.beside(other)
 
-    @property
-    def limit(self) -> int:
-        return POOL
+    def cut(self, tree: DraftTree) -> DraftTree:
+        return most_believed(tree, POOL)
 
     def with_probes(self, depth: int) -> TreePlan:
         return replace(self, depth=depth, nodes=POOL, floor=-math.inf)

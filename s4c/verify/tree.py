@@ -196,13 +196,13 @@ def _padded(row: Line, size: int) -> Line:
     )
 
 
-def merge(tree: DraftTree, other: DraftTree, budget: int) -> DraftTree:
+def merge(tree: DraftTree, other: DraftTree, budget: int = MOST_NODES) -> DraftTree:
     """Add the candidates of another tree with the same roots; nodes that both have are shared.
 
     Args:
         tree: comes whole into the outcome, its columns unchanged; none of its rows is sampled.
         other: nodes come with their ancestors or not at all.
-        budget: most nodes of the outcome, no fewer than those of `tree`.
+        budget: most nodes of the outcome, if they are more than those of `tree`.
     """
     rows = []
     ours, theirs = lines(tree), lines(other)
@@ -236,6 +236,28 @@ def pruned(tree: DraftTree, kept: Sequence[Sequence[int]]) -> DraftTree:
         thoughts = [[line[column] for column in columns] for line in belief]
         rows.append(([tokens[c] for c in columns], above, [candidate[c] for c in columns], thoughts))
     return ListedTree(rows, tree.device)
+
+
+def most_believed(tree: DraftTree, nodes: int) -> DraftTree:
+    """The candidates of a tree whose paths some drafter believes to be the most probable.
+
+    Args:
+        tree: none of its rows is sampled. Where its drafters do not say what they believe, its first nodes stay.
+        nodes: most nodes of the outcome, the root included.
+    """
+    if tree.size <= nodes:
+        return tree
+    kept = []
+    for _, _, candidate, belief in lines(tree):
+        drafted = [column for column, may in enumerate(candidate) if may]
+        if belief:
+            best = [
+                max(x for x in thoughts if not math.isnan(x)) if may else 0.0
+                for may, *thoughts in zip(candidate, *belief, strict=True)
+            ]
+            drafted.sort(key=best.__getitem__, reverse=True)  # of equals the first, so parents stay
+        kept.append([0, *sorted(drafted[: nodes - 1])])
+    return pruned(tree, kept)
 
 
 def lines(tree: DraftTree) -> list[Line]:
@@ -294,20 +316,16 @@ class TreePlan:
             return self
         return replace(self, depth=depth, nodes=self.width * depth + 1 if self.kind == "comb" else self.nodes)
 
-    @property
-    def limit(self) -> int:
-        """Most nodes of the tree when others have added to it; trees of fixed shape may be added to freely."""
-        return self.nodes if self.kind == "best" else MOST_NODES
-
     def beside(self, other: DraftTree) -> TreePlan:
-        """The plan for a drafter whose tree another one is to be merged into.
+        """The plan for a drafter whose tree another one is to be merged into."""
+        return self
 
-        Where the number of nodes is free, the other gets up to half of them; at least one is left to guess with.
+    def cut(self, tree: DraftTree) -> DraftTree:
+        """What there is room for of a tree that others have added to: of a `best` tree the most believed nodes.
+
+        Trees of fixed shape may be added to freely.
         """
-        found = min(int(other.candidate.sum(1).max()), self.nodes // 2)
-        if self.kind != "best" or found == 0:
-            return self
-        return replace(self, nodes=max(2, self.nodes - found))
+        return most_believed(tree, self.nodes) if self.kind == "best" else tree
 
     def with_probes(self, depth: int) -> TreePlan:
         """The plan for a drafter whose levels, `depth` of them, cost no more than rows in the target's pass."""
