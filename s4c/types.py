@@ -210,5 +210,6 @@ class Verdict:
     @cached_property
     def lines(self) -> list[tuple[list[int], list[int]]]:
         """Of each sequence the columns of the root and the accepted nodes, and the tokens that it commits, as many."""
-        rows = zip(self.path.tolist(), self.tokens.tolist(), self.accepted.tolist(), strict=True)
-        return [(path[: count + 1], tokens[: count + 1]) for path, tokens, count in rows]
+        width = self.path.shape[1]
+        rows = torch.cat([self.path, self.tokens, self.accepted[:, None]], 1).tolist()  # a device is waited for once
+        return [(row[: row[-1] + 1], row[width : width + row[-1] + 1]) for row in rows]
