@@ -3,7 +3,7 @@
 #
 #     recipes/smollm2-135m.sh [MORE_PROMPTS.jsonl ...]
 #
-# The target answers our own prompts (recipes/prompts.jsonl), those of the files given ({"prompt": "..."} a line; never
+# The target answers our own prompts (prompts.jsonl and topics.jsonl), those of the files given ({"prompt": "..."} a line; never
 # measure on questions that stand in them) and 2,000 prompts that it writes itself. On two CPU cores the text takes
 # hours and the training SECONDS_TO_TRAIN; on a GPU train longer. Started again, each step goes on where it stopped.
 # START_FROM=CHECKPOINT goes on with the heads and the draft vocabulary of an earlier drafter, and the outcome is the mean of both.
@@ -17,7 +17,7 @@ mkdir -p "$folder"
 
 text=(--target "$target" --dtype bfloat16 --max-new-tokens 192 --temperatures 0,0,0.8,1 --batch 64 --features "$folder/features")
 data=()
-for prompts in "$here/prompts.jsonl" "$@"; do
+for prompts in "$here/prompts.jsonl" "$here/topics.jsonl" "$@"; do
     answers="$folder/answers-$(basename "$prompts")"
     s4c distill "${text[@]}" --prompts "$prompts" --out "$answers"
     data+=(--data "$answers")
