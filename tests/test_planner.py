@@ -185,6 +185,28 @@ def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
     planner.record(verdict_of([1, 2], [1, 5]), seconds_of(planner.costs, 3, 0))
 
 
+def test_more_nodes_than_are_planned_do_no_harm() -> None:
+    """A drafter beside another one may guess more, and one that does not say what it believes is not pruned."""
+    many = from_paths(torch.tensor([7]), [[[n, *range(9)] for n in range(9)]], 99, [[0.9] * 9])
+    planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, LEVELS))
+    planner.plan([CONTEXT])
+    assert planner.beside(many).nodes >= 2
+    assert planner.prune(many).size <= POOL
+    planner.plan([CONTEXT])
+    mute = DraftTree(many.tokens, many.parents, many.candidate, many.sampled)
+    assert planner.prune(mute) is mute
+    planner.record(verdict_of([], [1, 5]), seconds_of(planner.costs, many.size, 0))
+
+
+def test_a_draft_deeper_than_was_measured_costs_what_it_took() -> None:
+    costs = Costs({1: 1.0, 32: 2.0}, {0: 0.0, 1: 0.1})
+    assert costs.round(1, 1, 3) == 1.0
+    taken = {"draft": 0.5, "verify": 1.0, "judge": 0.0, "commit": 0.0, "schedule": 0.0}
+    costs.observe(1, 1, 3, taken)
+    assert costs.round(1, 1, 3) == pytest.approx(1.5)
+    assert costs.round(1, 1, 1) == pytest.approx(1.1)
+
+
 # The number of levels
 
 

@@ -171,14 +171,12 @@ class Costs:
         further = max(further, -CONTEXT * batch)
         share = 1 / (2 * CONTEXT * batch)  # no more than half of a pass was attention
         narrow, wide = self._paces.of(NARROW), self._paces.of(NARROW + 1)
-        drafts = [self.drafts.get(level, 0.0) for level in range(1 + max(self.drafts, default=0))]
-        for (size, level), seen in self._drafts.items():
-            if size == batch and level < len(drafts):
-                drafts[level] = seen.middle
+        seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
+        drafts = self.drafts | seen
         return Prices(
             [seconds + further * min(each + by_node * nodes, seconds * share) for nodes, seconds in enumerate(near)],
             [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
-            drafts,
+            [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
         )
 

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
@@ -184,8 +185,8 @@ class CostPlanner:
         self._settle(sum(len(tokens) for _, tokens in verdict.lines))
 
     def _seconds(self, size: int, levels: int) -> float:
-        """What this round costs with trees of that size after a draft of that many levels."""
-        return self._round.prices.round(size + self._beside(levels), levels)
+        """What this round costs with trees of that size, or of the largest that are planned, after so many levels."""
+        return self._round.prices.round(min(size + self._beside(levels), self.pool), levels)
 
     def _beside(self, levels: int) -> int:
         """Rows of probes in the pass of a round that drafts that many levels."""
@@ -196,7 +197,7 @@ class CostPlanner:
         ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
         tokens = float(self._round.batch)
         best = (1, tokens, self._seconds(1, levels))
-        for size, column in enumerate(zip(*ordered, strict=True), start=2):
+        for size, column in enumerate(islice(zip(*ordered, strict=True), POOL - 1), start=2):
             tokens += sum(column)
             seconds = self._seconds(size, levels)
             if tokens * best[2] > best[1] * seconds:
