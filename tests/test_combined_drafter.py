@@ -31,24 +31,19 @@ def texts(tree: DraftTree, row: int) -> Iterator[tuple[int, ...]]:
         yield tuple(reversed(text))
 
 
-@given(st.lists(st.tuples(PATHS, PATHS), min_size=1, max_size=3), st.integers(0, 8))
+@given(st.lists(st.tuples(PATHS, PATHS), min_size=1, max_size=3))
 @settings(deadline=None)
-def test_merged_trees_hold_what_either_holds(pairs: list[tuple[list[list[int]], list[list[int]]]], more: int) -> None:
+def test_merged_trees_hold_what_either_holds(pairs: list[tuple[list[list[int]], list[list[int]]]]) -> None:
     roots = torch.arange(len(pairs))
     first = from_paths(roots, [a for a, _ in pairs], 32)
     second = from_paths(roots, [b for _, b in pairs], 32)
-    whole = merge(first, second, 64)
+    whole = merge(first, second)
     for row in range(len(pairs)):
         found = list(texts(whole, row))
         assert len(found) == len(set(found))
         assert set(found) == set(texts(first, row)) | set(texts(second, row))
     assert torch.equal(whole.tokens[:, : first.size], first.tokens)
     assert torch.equal(whole.parents[:, : first.size], first.parents)
-    small = merge(first, second, first.size + more)
-    assert small.size <= first.size + more
-    for row in range(len(pairs)):
-        kept = set(texts(small, row))
-        assert set(texts(first, row)) <= kept <= set(texts(whole, row))
 
 
 class Fixed(Drafter):

@@ -401,12 +401,12 @@ def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:
 def test_what_two_drafters_guess_alike_is_counted_apart() -> None:
     planner = CostPlanner(Costs(FLAT, LEVELS))
     roots = torch.tensor([7])
-    both = merge(from_paths(roots, [[[1], [2]]], 9), from_paths(roots, [[[1], [3]]], 9), 9)
+    both = merge(from_paths(roots, [[[1], [2]]], 9), from_paths(roots, [[[1], [3]]], 9))
     assert [cell[0] for cell in planner.acceptance.read(both)[0].cells[1:]] == [3, 2, 1]
     found = from_paths(roots, [[[1]]], 9)
     assert (
         planner.acceptance.read(found)[0].cells[1]
-        == planner.acceptance.read(merge(from_paths(roots, [[]], 9), found, 9))[0].cells[1]
+        == planner.acceptance.read(merge(from_paths(roots, [[]], 9), found))[0].cells[1]
     )
 
 

@@ -329,7 +329,7 @@ def test_beliefs_are_the_log_probabilities_of_paths() -> None:
 def test_merged_beliefs_say_who_guessed_what(one: list[list[list[int]]], other: list[list[list[int]]]) -> None:
     roots = torch.tensor([7, 8])
     first, second = from_paths(roots, one, 32), from_paths(roots, other, 32)
-    whole = merge(first, second, 64)
+    whole = merge(first, second)
     assert whole.belief is not None
     assert whole.belief.shape == (2, 2, whole.size)
     for row in range(2):

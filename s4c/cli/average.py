@@ -18,7 +18,7 @@ def average(
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint to write.", show_default=False)],
 ) -> None:
-    """Write the mean of drafters: a further training and where it began, say, are together better than each."""
+    """Write the mean of drafters, of a further training and where it began, say; measure whether it is better."""
     from s4c.training.average import average as mean
 
     mean(checkpoints, out)

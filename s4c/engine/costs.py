@@ -166,15 +166,11 @@ class Costs:
 
     def prices(self, batch: int, most: int, further: int = 0) -> Prices:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
-        near = self._near(batch, most)
-        each, by_node = self.attention
-        further = max(further, -CONTEXT * batch)
-        share = 1 / (2 * CONTEXT * batch)  # no more than half of a pass was attention
         narrow, wide = self._paces.of(NARROW), self._paces.of(NARROW + 1)
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
         return Prices(
-            [seconds + further * min(each + by_node * nodes, seconds * share) for nodes, seconds in enumerate(near)],
+            self._passes(batch, most, further),
             [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
             [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
@@ -183,17 +179,21 @@ class Costs:
     def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them."""
         passed = seconds["verify"] + seconds["judge"]
-        self._paces.add(batch * nodes, passed / self.prices(batch, nodes, further).passes[nodes])
+        self._paces.add(batch * nodes, passed / self._passes(batch, nodes, further)[nodes])
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._paces.of(batch * nodes)
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
-    def _near(self, batch: int, most: int) -> list[float]:
-        """Seconds of passes over 0 to `most` tokens of each sequence, behind `CONTEXT` others."""
+    def _passes(self, batch: int, most: int, further: int) -> list[float]:
+        """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
         tokens = range(0, batch * most + 1, batch)
-        inside = self._table[: tokens.stop : batch]
-        return inside + [self._table[-1] + (n - len(self._table) + 1) * self._slope for n in tokens[len(inside) :]]
+        near = self._table[: tokens.stop : batch]
+        near += [self._table[-1] + (n - len(self._table) + 1) * self._slope for n in tokens[len(near) :]]
+        each, by_node = self.attention
+        further = max(further, -CONTEXT * batch)
+        share = 1 / (2 * CONTEXT * batch)  # no more than half of a pass was attention
+        return [seconds + further * min(each + by_node * nodes, seconds * share) for nodes, seconds in enumerate(near)]
 
 
 def _between(passes: Mapping[int, float]) -> list[float]:

@@ -1,8 +1,9 @@
 """The mean of drafters that one training after the other has made of the same start.
 
-A further training learns its own text and unlearns a little of what others need. Between where it began and where it
-ended there is a drafter that is better than both on text that neither has seen: the mean of their weights, number by
-number (Wortsman et al. 2022, "Model soups", arXiv 2203.05482). It costs nothing, neither in training nor in drafting.
+A further training learns its own text and unlearns a little of what others need. The mean of its weights and of those
+that it began with, number by number, is often at least as good as the better of both on text that neither has seen
+(Wortsman et al. 2022, "Model soups", arXiv 2203.05482; docs/TRAINING.md). It costs nothing, neither in training nor in
+drafting.
 """
 
 from __future__ import annotations

@@ -196,13 +196,12 @@ def _padded(row: Line, size: int) -> Line:
     )
 
 
-def merge(tree: DraftTree, other: DraftTree, budget: int = MOST_NODES) -> DraftTree:
+def merge(tree: DraftTree, other: DraftTree) -> DraftTree:
     """Add the candidates of another tree with the same roots; nodes that both have are shared.
 
     Args:
         tree: comes whole into the outcome, its columns unchanged; none of its rows is sampled.
-        other: nodes come with their ancestors or not at all.
-        budget: most nodes of the outcome, if they are more than those of `tree`.
+        other: its nodes come as long as there is room for `MOST_NODES`, with their ancestors or not at all.
     """
     rows = []
     ours, theirs = lines(tree), lines(other)
@@ -214,7 +213,7 @@ def merge(tree: DraftTree, other: DraftTree, budget: int = MOST_NODES) -> DraftT
         for column, (token, parent, is_candidate) in enumerate(zip(*beside, strict=True)):
             above = place.get(parent)
             if is_candidate and above is not None:
-                place[column] = node = row.add(above, token, budget)
+                place[column] = node = row.add(above, token, MOST_NODES)
                 for line, believed in zip(row.belief[len(belief) :], beliefs, strict=False):
                     if node is not None:
                         line[node] = believed[column]
