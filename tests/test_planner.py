@@ -356,7 +356,7 @@ class Probed(Text):
             ahead += 1
         accepted = min(ahead, tree.tokens[0].tolist().count(1))
         committed = [1] * accepted + [1 if ahead > accepted else 9]
-        seconds = seconds_of(planner.costs, tree.size + 4 * probing, plan.depth if probing else 0)
+        seconds = seconds_of(planner.costs, tree.size + 4 * probing, 3 if self.drafted else 0)
         planner.record(verdict_of([], committed), seconds)
         self.levels.append(int(probing))
         self.drafted = probing
@@ -376,6 +376,16 @@ def test_probes_are_hung_where_what_they_draft_pays_for_their_rows(node: float, 
         assert Probed(planner, seed=2).run(400, 0.0).regret < 0.02
     else:
         assert all(Probed(planner, seed=1).run(600, 0.9).levels[-100:])
+
+
+@pytest.mark.parametrize("draft", [0.05, 0.2, 0.5])
+def test_what_probes_said_is_paid_for_in_the_round_that_reads_it(draft: float) -> None:
+    """In parts of a pass: it may cost more than the probes themselves, and is no reason to lose more than 2%."""
+    drafts = {n: LEVELS[0] + FLAT[1] * draft * (n > 0) for n in LEVELS}
+    passes = {n: FLAT[1] * (1 + 0.01 * (n - 1)) for n in (1, 16, 40)}
+    text = Probed(CostPlanner(Costs(passes, drafts), probes=4)).run(800, 0.04)
+    assert sum(text.levels[50:]) * (0.04 + draft) < 0.02 * 750, "it has stopped"
+    assert text.regret < 0.02
 
 
 def test_a_round_with_probes_alone_says_nothing_of_their_drafts() -> None:

@@ -312,13 +312,27 @@ def test_without_nodes_nothing_is_guessed() -> None:
 def test_beliefs_are_the_log_probabilities_of_paths() -> None:
     builder = TreePlan.parse("best:3x2").grow(torch.tensor([7]))
     builder.extend(torch.tensor([[[0.9, 0.1]]]).log())
-    builder.extend(torch.tensor([[[0.8, 0.2], [0.8, 0.2]]]).log())
+    builder.extend(torch.tensor([[[0.8, 0.2]]]).log())
     tree = builder.finish()
     assert tree.belief is not None
     assert tree.belief.exp().tolist() == [[pytest.approx([1.0, 0.9, 0.72])]]
     looked_up = from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], 9, [[0.5, 0.1]])
     assert looked_up.belief is not None
     assert looked_up.belief.exp().tolist() == [[pytest.approx([1.0, 0.5, 0.25, 0.05])]], "shared nodes keep the first's"
+
+
+@pytest.mark.parametrize("plan", ["best:12x4", "comb:3x3", "chain:3"])
+def test_one_row_for_all_nodes_is_a_row_for_each(plan: str) -> None:
+    laws = torch.randn(4, 2, 1, 6, generator=torch.Generator().manual_seed(3))
+    shared, apart = (TreePlan.parse(plan).grow(torch.tensor([7, 8])) for _ in range(2))
+    while shared.open:
+        law = laws[shared.level]
+        apart.extend(law.expand(-1, apart.frontier.shape[1], -1))
+        shared.extend(law)
+    one, other = shared.finish(), apart.finish()
+    assert one.size > 3
+    for part in ("tokens", "parents", "candidate", "belief"):
+        assert torch.equal(getattr(one, part), getattr(other, part))
 
 
 @given(

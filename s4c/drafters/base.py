@@ -235,11 +235,14 @@ def extend(sequences: Sequences, builder: TreeBuilder, logits: Tensor, token_ids
     shape does not depend on the draws, and the most probable tokens in `best` trees, whose shape would.
 
     Args:
-        logits: [B, W, V'] float32, of the children of `builder.frontier`.
+        logits: [B, W, V'] float32, of the children of `builder.frontier`; [B, 1, V'] where those of all its nodes are
+            the same.
         token_ids: [V'] int64, the target's token of each column; None for the whole vocabulary.
     """
     scores = sequences.scores
     draws = _draws(sequences, builder.plan)
+    if draws or scores.uses_history:  # so that each node has a law of its own
+        logits = logits.expand(-1, builder.frontier.shape[1], -1)
     if scores.uses_history and builder.level:
         on_path = ancestors(builder.parents)[:, :, 1:]
         frontier = builder.frontier[..., None].expand(-1, -1, on_path.shape[-1])

@@ -170,7 +170,7 @@ class MedusaDrafter(Drafter):
         while builder.open and builder.level < len(self._heads):
             head = self._heads[builder.level]
             logits = head.logits(head.blocks(feature), self._shared).float()
-            extend(sequences, builder, logits.expand(-1, builder.frontier.shape[1], -1), self.token_ids)
+            extend(sequences, builder, logits, self.token_ids)
         return finish(sequences, builder)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:

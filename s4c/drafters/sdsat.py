@@ -252,15 +252,18 @@ class SDSATDrafter(Drafter):
         self.probes = max(config.fused, 1) * config.tokens
         self._first = target.spec.vocab_size
         self._select = native_top_and_total if target.runtime == "native" else None
+        self._silence = torch.empty(0, self._first, device=target.device)
         self._laws: dict[int, Tensor] = {}
         """By slot: [L, V], what probes said of the L tokens after the root, L from 0 to k."""
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._laws[slot] = torch.empty(0, self._first, device=self.target.device)
+        self._laws[slot] = self._silence
 
     def propose(self, sequences: Sequences) -> DraftTree:
-        self.target.adapt(self.adapter)
         laws = [self._laws[slot] for slot in range(len(sequences.tokens))]
+        if sequences.plan.nodes == 1 and not any(map(len, laws)):
+            return root_only(sequences.roots)
+        self.target.adapt(self.adapter)
         tree = self._candidates(sequences, sequences.plan.with_probes(self.config.tokens), laws)
         tree = sequences.plan.worth_checking(tree)
         if sequences.plan.deepened(self.config.tokens).nodes < 2:
@@ -271,7 +274,7 @@ class SDSATDrafter(Drafter):
         for slot, ((tokens, parents, *_), (path, _)) in enumerate(zip(lines(tree), verdict.lines, strict=True)):
             groups = {parents[column]: column for column, token in enumerate(tokens) if token == self._first}
             said = self._said(groups, path)
-            self._laws[slot] = output.logits[slot, said].clone()
+            self._laws[slot] = output.logits[slot, said].clone() if said else self._silence
 
     def move(self, source: int, destination: int) -> None:
         self._laws[destination] = self._laws.pop(source)
@@ -287,8 +290,7 @@ class SDSATDrafter(Drafter):
         levels = torch.stack([F.pad(law, (0, 0, 0, deepest - len(law)), value=-torch.inf) for law in laws])
         builder = replace(plan, depth=min(plan.depth, deepest)).grow(sequences.roots, self._select)
         while builder.open:
-            law = levels[:, builder.level, None]
-            extend(sequences, builder, law.expand(-1, builder.frontier.shape[1], -1))
+            extend(sequences, builder, levels[:, builder.level, None])
         return finish(sequences, builder)
 
     def _carriers(self, tree: DraftTree, laws: Sequence[Tensor]) -> Tensor:

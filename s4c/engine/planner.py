@@ -147,20 +147,30 @@ class CostPlanner:
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
         self._largest = float(POOL)
+        self._rest: TreePlan | None = None
         self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
         batch, further = len(contexts), sum(contexts) - CONTEXT * len(contexts)
+        if self._rest and batch == self._round.batch and self._credit < self._round.stake:
+            self._round.rows = None
+            return self._rest  # for where nothing is drafted nothing is learnt
         self._round = _Round(batch, self.costs.prices(batch, self.pool, further), further)
-        return self._decide([])
+        plan = self._decide([])
+        self._rest = None if self._round.levels else plan
+        return plan
 
     def beside(self, other: DraftTree) -> TreePlan:
         """The plan for a drafter whose tree that one is to be merged into."""
+        self._rest = None
         return self._decide(self.acceptance.read(other))
 
     def prune(self, tree: DraftTree) -> DraftTree:
         now = self._round
         if now.rows is not None:  # its candidates have been chosen, and probes hang below them
+            return tree
+        if tree.size == 1 and not now.levels:
+            now.size, now.told = 1, 0
             return tree
         now.size, now.told = tree.size, now.levels
         believing = len(lines(tree)[0][3])
@@ -170,7 +180,7 @@ class CostPlanner:
         if self.probes:  # it was drafted by the probes of the round before, whether or not there are any now
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
-        now.size, _, _ = self._best(now.rows, now.levels)
+        now.size, _, _ = self._best(now.rows, now.levels, now.told)
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
@@ -179,27 +189,32 @@ class CostPlanner:
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
-        self.costs.observe(now.batch, now.size + self._beside(now.levels), now.levels, seconds, now.further)
+        self.costs.observe(now.batch, now.size + self._beside(now.levels), now.told, seconds, now.further)
         for b, (_, tokens) in enumerate(verdict.lines):
             self._learn(b, tokens)
         self._settle(sum(len(tokens) for _, tokens in verdict.lines))
 
-    def _seconds(self, size: int, levels: int) -> float:
-        """What this round costs with trees of that size, or of the largest that are planned, after so many levels."""
-        return self._round.prices.round(min(size + self._beside(levels), self.pool), levels)
+    def _seconds(self, size: int, levels: int, told: int) -> float:
+        """What this round costs with trees of that size, or of the largest that are planned.
+
+        Args:
+            levels: that are drafted; probes draft them for the next round.
+            told: that were drafted for the tree of this one.
+        """
+        return self._round.prices.round(min(size + self._beside(levels), self.pool), told)
 
     def _beside(self, levels: int) -> int:
         """Rows of probes in the pass of a round that drafts that many levels."""
         return self.probes if levels else 0
 
-    def _best(self, rows: Sequence[Row], levels: int) -> tuple[int, float, float]:
+    def _best(self, rows: Sequence[Row], levels: int, told: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
         ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
         tokens = float(self._round.batch)
-        best = (1, tokens, self._seconds(1, levels))
+        best = (1, tokens, self._seconds(1, levels, told))
         for size, column in enumerate(islice(zip(*ordered, strict=True), POOL - 1), start=2):
             tokens += sum(column)
-            seconds = self._seconds(size, levels)
+            seconds = self._seconds(size, levels, told)
             if tokens * best[2] > best[1] * seconds:
                 best = (size, tokens, seconds)
         return best
@@ -208,7 +223,7 @@ class CostPlanner:
         """How many levels to draft, where another drafter has found what it has."""
         now = self._round
         now.certainties = [row.certainty() for row in beside] or [[0.0] * (DEEPEST + 1)] * now.batch
-        found, tokens, seconds = self._best(beside, 0)
+        found, tokens, seconds = self._best(beside, 0, 0)
         now.undrafted_rate = best_rate = tokens / seconds
         best, tried, tried_rate = 0, 1, 0.0
         reach, right, nodes = 1.0, LEVEL_PRIOR, float(found)
@@ -218,7 +233,7 @@ class CostPlanner:
             tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
             nodes += self.levels[level].nodes
             size = min(math.ceil(nodes), POOL)
-            cost = self._seconds(size, level)
+            cost = self._seconds(size, level, level)
             if tokens / cost > best_rate:
                 best, best_rate = level, tokens / cost
             if tokens / cost > tried_rate:
@@ -232,7 +247,7 @@ class CostPlanner:
         levels = self._round.levels
         floor = -math.inf
         if rate and levels > 1:
-            cost = self._seconds(1, levels) - self._seconds(1, 1)
+            cost = self._seconds(1, levels, levels) - self._seconds(1, 1, 1)
             worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].right.value(LEVEL_PRIOR)
             floor = math.log(worth) if worth > 0 else -math.inf
         return Planned("best", WIDTH, max(levels, 1), nodes, min(floor, -0.1), self)
@@ -279,8 +294,8 @@ class CostPlanner:
     def _settle(self, tokens: int) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""
         now = self._round
-        most = max(now.stake, self._seconds(1, 0))
-        seconds = self._seconds(now.size, now.levels)
+        most = max(now.stake, self._seconds(1, 0, 0))
+        seconds = self._seconds(now.size, now.levels, now.told)
         self._credit = min(self._credit, most) + TRYING * seconds
         if now.levels or now.told:
             self._credit -= seconds - tokens / now.undrafted_rate

@@ -384,18 +384,19 @@ class TreeBuilder:
         """Add children to every node of the frontier and choose the next frontier.
 
         Args:
-            scores: [B, W, V'] float32, log-probabilities plus noise; the highest ones become children.
+            scores: [B, W, V'] float32, log-probabilities plus noise, or [B, 1, V'] for all nodes; the highest become
+                children.
             token_ids: [V'] int64, the target's token of each column; None for the identity.
             law: [B, W, V] float32, the drafter's law over the target's vocabulary, kept for the rejection
                 rule; None under the coupled rule.
         """
-        batch, expanded, columns = scores.shape
-        width = min(self.plan.width, columns)
+        batch, _, columns = scores.shape
+        expanded, width = self.frontier.shape[1], min(self.plan.width, columns)
         top, index, total = self._select(scores, width)
         # The clamp: a row of nothing but -inf gives children of probability 0, not NaN.
         total = total.clamp(min=torch.finfo(scores.dtype).min)
         path = self.path.gather(1, self.frontier)[..., None] + (top - total)
-        tokens = index if token_ids is None else token_ids[index]
+        tokens = (index if token_ids is None else token_ids[index]).expand(-1, expanded, -1)
         first = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens.flatten(1)], 1)
         self.parents = torch.cat([self.parents, self.frontier.repeat_interleave(width, 1)], 1)
