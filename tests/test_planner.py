@@ -22,6 +22,7 @@ from s4c import LLM, SamplingParams
 from s4c.cli.main import app
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
+from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel
 from s4c.engine import costs as costs_module
 from s4c.engine.costs import CONTEXT, Costs, Prices, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, POOL, CostPlanner, plans_by_levels
@@ -102,6 +103,18 @@ def test_a_pace_of_long_ago_is_forgotten() -> None:
     for _ in range(costs_module.LENT * costs_module.RECENT):
         costs.observe(1, 1, 0, seconds_of(costs, 1, 0))
     assert costs.round(1, 16, 0) == pytest.approx(costs.passes[1] + 15 / 31 + LEVELS[0], rel=0.01)
+
+
+def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:
+    costs = Costs({1: 1.0, 32: 2.0}, LEVELS, probing=0.5)
+    before, seconds = costs.prices(1, 8), seconds_of(costs, 5, 2)
+    assert before.round(5, 2, probing=True) == pytest.approx(before.round(5, 2) + 0.5)
+    seconds["verify"] += 0.5
+    for _ in range(costs_module.RECENT):
+        costs.observe(1, 5, 2, seconds, probing=True)
+    after = costs.prices(1, 8)
+    assert after.paces == pytest.approx(before.paces)
+    assert after.round(5, 2, probing=True) == pytest.approx(sum(seconds.values()))
 
 
 def test_a_longer_context_makes_each_node_dearer() -> None:
@@ -434,7 +447,7 @@ class WildCosts(Costs):
         def some(count: int) -> list[float]:
             return [self.random.uniform(0.1, 1.0) for _ in range(count)]
 
-        return Prices(some(most + 1), some(most + 1), some(DEEPEST + 1), 0.0)
+        return Prices(some(most + 1), some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +515,14 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     return state
 
 
+def sdsat_drafter(llm: LLM) -> SDSATDrafter:
+    drafter = SDSATModel(
+        llm.target, SDSATConfig(tokens=3, rank=2, fused=1), torch.arange(llm.target.spec.vocab_size)
+    ).drafter(llm.target)
+    assert isinstance(drafter, SDSATDrafter)
+    return drafter
+
+
 def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "home" / "costs").iterdir())
 
@@ -522,13 +543,38 @@ def test_costs_are_measured_once_and_kept(llm: LLM, clock: list[float], tmp_path
     assert len(files(tmp_path)) == 3
 
 
+def test_what_probes_add_to_a_pass_and_a_tree_of_what_they_said_is_measured(llm: LLM, clock: list[float]) -> None:
+    """By a clock that goes on by another half for a pass with probes and by 3 for each level of a tree of them."""
+    drafter = sdsat_drafter(llm)
+    costs = measured_costs(llm.target, drafter, plans_by_levels(), 2)
+    assert costs.probing == 0.0
+    verify, candidates = llm.target.verify, drafter._candidates
+
+    def slow_verify(tree: DraftTree, taps: Any = ()) -> Any:
+        clock[0] += 0.5 * bool((tree.tokens >= llm.target.spec.vocab_size).any())
+        return verify(tree, taps)
+
+    def slow_candidates(sequences: Any, plan: Any, laws: Any) -> DraftTree:
+        clock[0] += 3.0 * bool(len(laws[0]))
+        return candidates(sequences, plan, laws)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.target, "verify", slow_verify)
+        patch.setattr(drafter, "_candidates", slow_candidates)
+        drafts, probing = costs_module.draft_seconds(llm.target, drafter, plans_by_levels(), costs.passes)
+    assert probing == pytest.approx(0.5)
+    assert drafts[0] == pytest.approx(1.0)
+    assert [drafts[level] for level in range(1, DEEPEST + 1)] == pytest.approx([4.0] * DEEPEST)
+
+
 def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
     drafter, plans = NgramDrafter(), plans_by_levels()
     costs = measured_costs(llm.target, drafter, plans, 2)
     clock[1] = 2.0
     assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0, "slower, but evenly so"
     (file,) = files(tmp_path)
-    file.write_text(json.dumps({"passes": costs.passes | {16: 0.5}, "drafts": costs.drafts, "attention": [0, 0]}))
+    tables = json.loads(file.read_text())
+    file.write_text(json.dumps(tables | {"passes": costs.passes | {16: 0.5}}))
     assert measured_costs(llm.target, drafter, plans, 2).passes[1] == pytest.approx(2.0)
     known = known_costs(llm.target, drafter, 2)
     assert known is not None
@@ -542,9 +588,9 @@ def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: 
         "{",
         "[]",
         "null",
-        '{"passes": {}, "drafts": {"0": 1}, "attention": [0, 0]}',
-        '{"passes": {"1": -1, "2": 1}, "drafts": {"0": 1}, "attention": [0, 0]}',
-        '{"passes": {"1": 1, "2": 1}, "drafts": {"0": 1}, "attention": [0]}',
+        '{"passes": {}, "drafts": {"0": 1}, "attention": [0, 0], "probing": 0}',
+        '{"passes": {"1": -1, "2": 1}, "drafts": {"0": 1}, "attention": [0, 0], "probing": 0}',
+        '{"passes": {"1": 1, "2": 1}, "drafts": {"0": 1}, "attention": [0], "probing": 0}',
     ],
 )
 def test_a_damaged_file_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path, damage: str) -> None:

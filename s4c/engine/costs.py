@@ -2,7 +2,9 @@
 
     T(n)     seconds of a pass over n tokens behind CONTEXT others, its judgement included
     a + b n  seconds that each further token of the context adds to it, for attention
-    D(l)     seconds of a draft of l levels; D(0) where the drafter is asked for none
+    D(l)     seconds of a draft of l levels; D(0) where the drafter is asked for none; where probes draft, of making a
+             tree of the l levels that they drafted in the round before
+    P        seconds that probes add to a pass over as many other rows
 
 The least of several times is taken: other work on the machine makes a pass longer, never shorter, and what counts is
 how these times stand to each other. A file holds them for each machine, target and drafter, below the folder `costs` of
@@ -42,7 +44,7 @@ from s4c.verify.rules import coupled, walked
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 5
+FORMAT = 6
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 14, 16, 24, 32)
@@ -116,17 +118,19 @@ class Prices:
         paces: by which the passes, and drafts beside them, take longer now.
         drafts: by levels.
         rest: of a round.
+        probing: P.
     """
 
     passes: list[float]
     paces: list[float]
     drafts: list[float]
     rest: float
+    probing: float
 
-    def round(self, nodes: int, levels: int) -> float:
-        """Of a round with trees of that many nodes after a draft of that many levels."""
+    def round(self, nodes: int, levels: int, probing: bool = False) -> float:
+        """Of a round with trees of that many nodes, probes among them or not, after a draft of that many levels."""
         draft = self.drafts[levels] if levels < len(self.drafts) else 0.0
-        return self.paces[nodes] * (self.passes[nodes] + draft) + self.rest
+        return self.paces[nodes] * (self.passes[nodes] + probing * self.probing + draft) + self.rest
 
 
 class Costs:
@@ -136,6 +140,7 @@ class Costs:
         passes: T(n) by number of tokens.
         drafts: D(l) for one sequence, by levels from 0 on.
         attention: a and b, of one sequence; not negative.
+        probing: P.
     """
 
     def __init__(
@@ -143,9 +148,11 @@ class Costs:
         passes: Mapping[int, float],
         drafts: Mapping[int, float],
         attention: tuple[float, float] = (0.0, 0.0),
+        probing: float = 0.0,
     ) -> None:
         self.passes, self.drafts = dict(sorted(passes.items())), dict(sorted(drafts.items()))
         self.attention = attention
+        self.probing = probing
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
@@ -174,12 +181,22 @@ class Costs:
             [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
             [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
+            self.probing,
         )
 
-    def observe(self, batch: int, nodes: int, levels: int, seconds: Mapping[str, float], further: int = 0) -> None:
-        """Take in a round: seconds by step, as `StepTimer` names them."""
+    def observe(
+        self,
+        batch: int,
+        nodes: int,
+        levels: int,
+        seconds: Mapping[str, float],
+        further: int = 0,
+        probing: bool = False,
+    ) -> None:
+        """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
         passed = seconds["verify"] + seconds["judge"]
-        self._paces.add(batch * nodes, passed / self._passes(batch, nodes, further)[nodes])
+        expected = self._passes(batch, nodes, further)[nodes] + probing * self.probing
+        self._paces.add(batch * nodes, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._paces.of(batch * nodes)
         start = self.drafts.get(levels, draft)
@@ -219,7 +236,8 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
         return costs
     with status("measuring what a pass costs here, once"):
         passes = pass_seconds(target, judged(target), SIZES, of=min)
-        costs = Costs(passes, draft_seconds(target, drafter, plans), attention_seconds(target, passes))
+        drafts, probing = draft_seconds(target, drafter, plans, passes)
+        costs = Costs(passes, drafts, attention_seconds(target, passes), probing)
     _write(file, costs)
     return costs
 
@@ -242,20 +260,22 @@ def _read(file: Path) -> Costs | None:
         tables = json.loads(file.read_text())
         passes, drafts = ({int(n): float(s) for n, s in tables[name].items()} for name in ("passes", "drafts"))
         each, by_node = (float(s) for s in tables["attention"])
+        probing = float(tables["probing"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    times = (*passes.values(), *drafts.values(), each, by_node)
+    times = (*passes.values(), *drafts.values(), each, by_node, probing)
     sound = all(0 <= s < float("inf") for s in times) and all(passes.values())
     whole = sound and len(passes) > 1 and 0 in drafts and min(passes) == 1
-    return Costs(passes, drafts, (each, by_node)) if whole else None
+    return Costs(passes, drafts, (each, by_node), probing) if whole else None
 
 
 def _write(file: Path, costs: Costs) -> None:
     """Write beside and rename, so that a reader finds a whole file."""
+    tables = {name: getattr(costs, name) for name in ("passes", "drafts", "attention", "probing")}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.part-", delete=False) as part:
-            json.dump({"passes": costs.passes, "drafts": costs.drafts, "attention": costs.attention}, part)
+            json.dump(tables, part)
         os.chmod(part.name, 0o644)
         os.replace(part.name, file)
     except OSError as error:
@@ -329,8 +349,10 @@ def pass_seconds(
     return {n: of(values[1:]) for n, values in times.items()}
 
 
-def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan]) -> dict[int, float]:
-    """Least seconds of `propose` by levels, behind a text of random tokens in slot 0 that grows by one a round."""
+def draft_seconds(
+    target: Target, drafter: Drafter, plans: Mapping[int, TreePlan], passes: Mapping[int, float]
+) -> tuple[dict[int, float], float]:
+    """D(l) and P, behind a text of random tokens in slot 0: the least seconds of several times."""
     spec, rounds = target.spec, (1 + REPEATS) * len(plans)
     room = rounds + max(plan.nodes for plan in plans.values())
     line = some_tokens(target, max(2, min(CONTEXT, spec.context_length - room))).tolist()
@@ -339,23 +361,29 @@ def draft_seconds(target: Target, drafter: Drafter, plans: Mapping[int, TreePlan
     prompt = torch.tensor(line[:-1], device=target.device)
     drafter.prefill(0, prompt, target.prefill(0, prompt, drafter.taps))
     params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel(target.device))
+    table, surplus, told = _between(passes), [], 0
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
         for levels, plan in plans.items():
-            if len(line) + max(plan.nodes, 1) > spec.context_length:
+            if len(line) + max(plan.nodes, 1) + drafter.probes > spec.context_length:
                 break
             root, position = (torch.tensor([n], device=target.device) for n in (line[-1], len(line) - 1))
-            scores = Scores(params, [line], [len(line)], noise)
+            scores = Scores(params, [line], [len(line)], noise, target.judge)
             started = now(target)
-            drafter.propose(Sequences([line], root, position, scores, False, plan))
-            times[levels].append(now(target) - started)
-            plain = root_only(root)
-            output = target.verify(plain, drafter.taps)
-            verdict = coupled(plain, output, scores)
+            drafted = drafter.propose(Sequences([line], root, position, scores, False, plan))
+            times[told if drafter.probes else levels].append(now(target) - started)
+            tree = drafted if drafter.probes else root_only(root)
+            started = now(target)
+            output = target.verify(tree, drafter.taps)
+            verdict = coupled(tree, output, scores)
+            if drafter.probes and levels and tree.size < len(table):
+                surplus.append(now(target) - started - table[tree.size])
             target.commit(verdict)
-            drafter.commit(plain, verdict, output)
-            line.append(int(verdict.bonus))
-    return {levels: min(values[1:] or values) for levels, values in times.items() if values}
+            drafter.commit(tree, verdict, output)
+            line += verdict.lines[0][1]
+            told = levels
+    drafts = {levels: min(values[1:] or values) for levels, values in times.items() if values}
+    return drafts, max(0.0, min(surplus, default=0.0))
 
 
 def some_tokens(target: Target, count: int) -> Tensor:

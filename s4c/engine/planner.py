@@ -5,8 +5,8 @@
                                     T(B n) + D(l) + the rest of the round
 
 n is the size of a tree, its probes included, and l the number of levels that were drafted, T and D are measured
-(engine/costs.py; T for the lengths of the contexts), and a(v) is the chance that v is accepted: the product, along its
-path, of the chances that a node is where its parent is.
+(engine/costs.py; T for the lengths of the contexts and for probes), and a(v) is the chance that v is accepted: the
+product, along its path, of the chances that a node is where its parent is.
 
 The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
 by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
@@ -189,7 +189,8 @@ class CostPlanner:
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
-        self.costs.observe(now.batch, now.size + self._beside(now.levels), now.told, seconds, now.further)
+        probes = self._beside(now.levels)
+        self.costs.observe(now.batch, now.size + probes, now.told, seconds, now.further, probes > 0)
         for b, (_, tokens) in enumerate(verdict.lines):
             self._learn(b, tokens)
         self._settle(sum(len(tokens) for _, tokens in verdict.lines))
@@ -201,7 +202,8 @@ class CostPlanner:
             levels: that are drafted; probes draft them for the next round.
             told: that were drafted for the tree of this one.
         """
-        return self._round.prices.round(min(size + self._beside(levels), self.pool), told)
+        probes = self._beside(levels)
+        return self._round.prices.round(min(size + probes, self.pool), told, probes > 0)
 
     def _beside(self, levels: int) -> int:
         """Rows of probes in the pass of a round that drafts that many levels."""
