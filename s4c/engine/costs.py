@@ -353,7 +353,8 @@ def draft_seconds(
     target: Target, drafter: Drafter, plans: Mapping[int, TreePlan], passes: Mapping[int, float]
 ) -> tuple[dict[int, float], float]:
     """D(l) and P, behind a text of random tokens in slot 0: the least seconds of several times."""
-    spec, rounds = target.spec, (1 + REPEATS) * len(plans)
+    order = [*plans, max(plans)]  # each number of levels is followed by a draft, whose tree is of what probes said
+    spec, rounds = target.spec, (1 + REPEATS) * len(order)
     room = rounds + max(plan.nodes for plan in plans.values())
     line = some_tokens(target, max(2, min(CONTEXT, spec.context_length - room))).tolist()
     for part in (target, drafter):
@@ -364,14 +365,16 @@ def draft_seconds(
     table, surplus, told = _between(passes), [], 0
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
-        for levels, plan in plans.items():
+        for levels in order:
+            plan = plans[levels]
             if len(line) + max(plan.nodes, 1) + drafter.probes > spec.context_length:
                 break
             root, position = (torch.tensor([n], device=target.device) for n in (line[-1], len(line) - 1))
             scores = Scores(params, [line], [len(line)], noise, target.judge)
             started = now(target)
             drafted = drafter.propose(Sequences([line], root, position, scores, False, plan))
-            times[told if drafter.probes else levels].append(now(target) - started)
+            if not told or plan.nodes > 1:
+                times[told if drafter.probes else levels].append(now(target) - started)
             tree = drafted if drafter.probes else root_only(root)
             started = now(target)
             output = target.verify(tree, drafter.taps)
@@ -381,7 +384,7 @@ def draft_seconds(
             target.commit(verdict)
             drafter.commit(tree, verdict, output)
             line += verdict.lines[0][1]
-            told = levels
+            told = levels if drafter.probes else 0
     drafts = {levels: min(values[1:] or values) for levels, values in times.items() if values}
     return drafts, max(0.0, min(surplus, default=0.0))
 
