@@ -373,7 +373,7 @@ def draft_seconds(
             scores = Scores(params, [line], [len(line)], noise, target.judge)
             started = now(target)
             drafted = drafter.propose(Sequences([line], root, position, scores, False, plan))
-            if not told or plan.nodes > 1:
+            if not told or drafted.candidate.any():
                 times[told if drafter.probes else levels].append(now(target) - started)
             tree = drafted if drafter.probes else root_only(root)
             started = now(target)
