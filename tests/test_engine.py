@@ -218,6 +218,7 @@ def test_stop_strings_across_tokens(chatty: LLM, chunk: int) -> None:
     params = replace(params, stop=[stop, "never to be seen"])
     stopped = chatty.generate("hello", params)
     assert stopped.text == free.text[: free.text.index(stop)]
+    assert chatty.generate("hello", replace(params, stop=["never to be seen"])).text == free.text
     assert stopped.finish_reason == "stop"
     ids = chatty.token_ids("hello")
     chatty.use(Prophet([ids + free.token_ids]))
@@ -247,6 +248,7 @@ def test_torn_characters_wait_for_their_other_half() -> None:
     detokenizer = Detokenizer(lambda tokens: bytes(tokens).decode("utf-8", errors="replace"))
     parts = [detokenizer.add(byte) for byte in "aé€b".encode()]
     assert parts == ["a", "", "é", "", "", "€", "b"]
+    assert [detokenizer.add(*"a€".encode()[:3]), detokenizer.add(*"€é".encode()[2:])] == ["", "a€é"]
     detokenizer.add("é".encode()[0])
     assert detokenizer.flush() == "\ufffd"
 

@@ -54,9 +54,9 @@ class Detokenizer:
         self._context = 0
         self._done = 0
 
-    def add(self, token: int) -> str:
-        """The text that one more token completes."""
-        self._tokens.append(token)
+    def add(self, *tokens: int) -> str:
+        """The text that further tokens complete."""
+        self._tokens += tokens
         before, text = self._pair()
         if text.endswith("\ufffd"):
             return ""
@@ -99,6 +99,7 @@ class Sequence:
     stats: Stats = field(default_factory=Stats)
     tokens: list[int] = field(init=False)
     _released: int = 0
+    _unread: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -124,6 +125,7 @@ class Sequence:
             self.finish_reason = self._end_at(token)
             if self.finished:
                 break
+        self._read()
         self.stats.record_round(kept)
         if self.finished:
             self._close()
@@ -164,11 +166,17 @@ class Sequence:
             return "eos"
         if token in self.params.stop_token_ids:
             return "stop"
-        if self._detokenizer is not None and self._cut_at_stop(self._detokenizer.add(token)):
+        self._unread.append(token)
+        if self.params.stop and self._read():
             return "stop"
         if len(self.tokens) - len(self.prompt) >= self.params.max_new_tokens:
             return "length"
         return "length" if len(self.tokens) >= self.context_length else None
+
+    def _read(self) -> bool:
+        """Append the text of the tokens that are not part of it yet, up to a stop string; whether there is one."""
+        tokens, self._unread = self._unread, []
+        return self._detokenizer is not None and bool(tokens) and self._cut_at_stop(self._detokenizer.add(*tokens))
 
     def _cut_at_stop(self, new: str) -> bool:
         """Append new text; cut it before the first stop string in it."""
