@@ -148,6 +148,7 @@ class CostPlanner:
         self._credit = math.inf
         self._largest = float(POOL)
         self._rest: TreePlan | None = None
+        self._accompanied = False
         self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
@@ -156,13 +157,15 @@ class CostPlanner:
             self._round.rows = None
             return self._rest  # for where nothing is drafted nothing is learnt
         self._round = _Round(batch, self.costs.prices(batch, self.pool, further), further)
+        if self._accompanied:  # it is decided when the other drafter has found what it finds
+            return self._planned(1, 0.0)
         plan = self._decide([])
         self._rest = None if self._round.levels else plan
         return plan
 
     def beside(self, other: DraftTree) -> TreePlan:
         """The plan for a drafter whose tree that one is to be merged into."""
-        self._rest = None
+        self._rest, self._accompanied = None, True
         return self._decide(self.acceptance.read(other))
 
     def prune(self, tree: DraftTree) -> DraftTree:
