@@ -153,7 +153,8 @@ class CostPlanner:
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
         batch, further = len(contexts), sum(contexts) - CONTEXT * len(contexts)
-        if self._rest and batch == self._round.batch and self._credit < self._round.stake:
+        alike = batch == self._round.batch and abs(further - self._round.further) < CONTEXT
+        if self._rest and alike and self._credit < self._round.stake:
             self._round.rows = None
             return self._rest  # for where nothing is drafted nothing is learnt
         self._round = _Round(batch, self.costs.prices(batch, self.pool, further), further)
