@@ -33,6 +33,7 @@ from s4c.models.base import Target
 from s4c.models.layers import Linear, pack
 from s4c.models.native.rows import native_top_and_total
 from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.tree import root_only
 
 LM_HEADS = ("tied", "own")
 
@@ -165,6 +166,8 @@ class MedusaDrafter(Drafter):
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
+        if sequences.plan.nodes == 1:
+            return root_only(sequences.roots)
         builder = sequences.plan.deepened(len(self._heads)).grow(sequences.roots, self._select)
         feature = torch.stack([self._features[slot] for slot in range(len(sequences.tokens))])[:, None]
         while builder.open and builder.level < len(self._heads):
