@@ -373,8 +373,9 @@ def draft_seconds(
             scores = Scores(params, [line], [len(line)], noise, target.judge)
             started = now(target)
             drafted = drafter.propose(Sequences([line], root, position, scores, False, plan))
+            taken = now(target) - started
             if not told or drafted.candidate.any():
-                times[told if drafter.probes else levels].append(now(target) - started)
+                times[told if drafter.probes else levels].append(taken)
             tree = drafted if drafter.probes else root_only(root)
             started = now(target)
             output = target.verify(tree, drafter.taps)
