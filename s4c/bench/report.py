@@ -175,8 +175,8 @@ def _round_times(entries: Sequence[Entry]) -> Table:
 
 
 def _passes(costs: Mapping[str, float]) -> Table:
-    row = ["ms", *(f"{cost:.2f}" for cost in costs.values())]
-    return Table("Cost of a pass against its tokens", ["tokens", *map(str, costs)], [row])
+    rows = [[tokens, f"{cost:.2f}"] for tokens, cost in costs.items()]
+    return Table("Cost of a pass against its tokens", ["tokens", "ms"], rows)
 
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:

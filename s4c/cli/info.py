@@ -253,9 +253,11 @@ def _print_target(target: dict[str, Any], console: Console) -> None:
         f"{target['device']}, context {target['context_length']}",
         soft_wrap=True,
     )
-    table = Table("tokens of a pass", *(str(n) for n in target["pass_ms"]))
-    table.add_row("ms", *(f"{cost:.1f}" for cost in target["pass_ms"].values()))
-    table.add_row("of it, reading the weights", *(f"{target['floor_ms'] / c:.0%}" for c in target["pass_ms"].values()))
+    table = Table()
+    for heading in ("tokens of a pass", "ms", "of it, reading the weights"):
+        table.add_column(heading, justify="right")
+    for n, cost in target["pass_ms"].items():
+        table.add_row(str(n), f"{cost:.1f}", f"{target['floor_ms'] / cost:.0%}")
     console.print(table)
     console.print(f"reading all weights once takes {target['floor_ms']:.1f} ms at the memory's measured speed")
     steps = ", ".join(f"{name} {cost:.1f}" for name, cost in target["round"]["steps_ms"].items())

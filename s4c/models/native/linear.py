@@ -13,7 +13,6 @@ arXiv 2404.00456.)
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from s4c.models.adapter import LowRank
 from s4c.models.native import library
 from s4c.models.native.library import CLinear, CLowRank
+from s4c.models.native.memory import Arena
 
 BLOCK = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -71,29 +71,7 @@ def _blocks(weight: Tensor, pair: bool) -> Tensor:
     return F.pad(weight, (0,) * (2 * weight.ndim - 1) + (missing,)) if missing else weight
 
 
-class _Arena:
-    """Memory in large pages, which the processor finds its way in more quickly; freed with its last tensor."""
-
-    SIZE, PAGE = 32 << 20, 2 << 20
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor at a cache line."""
-        size = -(-shape.numel() * dtype.itemsize // 64) * 64
-        if size > self._free.numel():
-            pages = mmap.mmap(-1, max(size, self.SIZE) + self.PAGE, **_PRIVATE)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            whole = torch.frombuffer(pages, dtype=torch.uint8)
-            self._free = whole[-whole.data_ptr() % self.PAGE :]
-        taken, self._free = self._free[:size], self._free[size:]
-        return taken[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_ARENA = _Arena()
+_ARENA = Arena()
 
 
 class NativeLinear:

@@ -13,7 +13,7 @@ from torch import Tensor
 from s4c.models.adapter import PRODUCTS, AdaptedRows, Adapter
 from s4c.models.cache import ROWS_PER_GROWTH
 from s4c.models.layers import DecoderLayer, Join, LayerShape, RMSNorm
-from s4c.models.native import library
+from s4c.models.native import library, memory
 from s4c.models.native.library import CCache, CLayer, CLinear, CStack
 from s4c.models.native.linear import BLOCK, NativeLinear, NativeLowRank
 from s4c.models.stack import Rope, Stack
@@ -182,7 +182,7 @@ class _Cells:
         old = self.tensor
         sizes = list(old.shape)
         sizes[1], sizes[self.axis] = slots, rows // self.together
-        tensor = old.new_zeros(sizes)
+        tensor = memory.zeros(sizes, old.dtype)
         tensor[:, : old.shape[1]].narrow(self.axis, 0, old.shape[self.axis]).copy_(old)
         return _Cells(tensor, self.axis, self.together)
 
