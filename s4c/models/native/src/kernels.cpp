@@ -18,15 +18,16 @@ namespace {
 constexpr int BLOCK = 16;  // outputs that stand side by side
 constexpr int GROUP = 4;   // blocks that a thread multiplies at once
 constexpr int BAND = 48;   // rows whose sums are kept at a time, whole tiles of any height
-// Rows of a tile for each kind of weights, and how many vectors of sums the registers hold beside weights and inputs.
+// Rows of a tile for each kind of weights, of the only tile where one takes them all, and how many vectors of sums the
+// registers hold beside weights and inputs.
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS[] = {9, 9, 9}, REGISTERS = 27;
+constexpr int TILE_ROWS[] = {9, 9, 9}, ONLY_ROWS[] = {13, 9, 9}, REGISTERS = 27;
 #elif defined(__AVX2__)
-constexpr int TILE_ROWS[] = {6, 5, 4}, REGISTERS = 5;
+constexpr int TILE_ROWS[] = {6, 5, 4}, ONLY_ROWS[] = {6, 5, 4}, REGISTERS = 5;
 #else
-constexpr int TILE_ROWS[] = {3, 3, 3}, REGISTERS = 6;
+constexpr int TILE_ROWS[] = {3, 3, 3}, ONLY_ROWS[] = {3, 3, 3}, REGISTERS = 6;
 #endif
-constexpr int TALLEST = TILE_ROWS[FLOAT32];
+constexpr int TALLEST = ONLY_ROWS[FLOAT32];
 constexpr int AHEAD = 3072;  // bytes of weights that a single tile fetches early
 
 struct Span {
@@ -360,7 +361,7 @@ struct Cut {
     int height, width, group;
 
     Cut(const Linear& linear, int count, Into into) {
-        height = in_tile_registers(linear) ? 16 : TILE_ROWS[linear.kind];
+        height = in_tile_registers(linear) ? 16 : count <= ONLY_ROWS[linear.kind] ? ONLY_ROWS[linear.kind] : TILE_ROWS[linear.kind];
         int rows = count < height ? count : height;
         width = in_tile_registers(linear) || rows * GROUP <= REGISTERS ? GROUP : rows <= REGISTERS ? REGISTERS / rows : 1;
         group = width;
@@ -447,28 +448,30 @@ inline void rotate(float* head, const float* angles, int head_dim) {
 inline void put(float* cell, float x) { *cell = x; }
 inline void put(uint16_t* cell, float x) { *cell = to_bf16(x); }
 
-// Norms and rotation of one row's heads; its keys and values go into the cache.
+// Norms and rotation of heads; keys and values go into the cache. Threads share out heads, not rows, for rows lie side by
+// side there: no two threads write to the same cache line.
 template <class Place>
-void place_row(const Stack& stack, const Layer& layer, int index, const Cache& cache, const Rows& rows, int r, Scratch& s) {
+void place_heads(const Stack& stack, const Layer& layer, int index, const Cache& cache, const Rows& rows, Scratch& s, const Team& team) {
     int size = stack.head_dim;
-    float* line = s.wide + s.wide_stride * static_cast<size_t>(r);
-    const float* angles = s.angles + static_cast<size_t>(size) * static_cast<size_t>(r);
-    for (int h = 0; h < stack.heads + stack.kv_heads; h++) {
-        float* head = line + h * size;
-        const float* weight = h < stack.heads ? layer.query_norm : layer.key_norm;
-        if (weight) norm_row(head, weight, size, stack.eps, head);
-        rotate(head, angles, size);
-    }
-    int row = rows.path[rows.path_start[r + 1] - 1];
-    for (int h = 0; h < stack.kv_heads; h++) {
-        Place at(cache, place_of(cache, stack.kv_heads, index, rows.slot[r], h), size);
-        const float* key = line + (stack.heads + h) * size;
-        const float* value = line + (stack.heads + stack.kv_heads + h) * size;
-        for (int i = 0; i < size; i++) {
-            put(at.key(static_cast<size_t>(row), static_cast<size_t>(i)), key[i]);
-            put(at.value(static_cast<size_t>(row), static_cast<size_t>(i)), value[i]);
+    auto head_of = [&](int r, int h) { return s.wide + s.wide_stride * static_cast<size_t>(r) + static_cast<size_t>(h * size); };
+    auto turn = [&](int r, int h, const float* weight) {
+        if (weight) norm_row(head_of(r, h), weight, size, stack.eps, head_of(r, h));
+        rotate(head_of(r, h), s.angles + static_cast<size_t>(size) * static_cast<size_t>(r), size);
+    };
+    Span queries = share(stack.heads, team), cells = share(2 * stack.kv_heads, team);
+    for (int h = queries.begin; h < queries.end; h++)
+        for (int r = 0; r < rows.count; r++) turn(r, h, layer.query_norm);
+    for (int c = cells.begin; c < cells.end; c++) {
+        int kv = c / 2, h = stack.heads + kv + c % 2 * stack.kv_heads;
+        for (int r = 0; r < rows.count; r++) {
+            if (c % 2 == 0) turn(r, h, layer.key_norm);
+            Place at(cache, place_of(cache, stack.kv_heads, index, rows.slot[r], kv), size);
+            size_t row = static_cast<size_t>(rows.path[rows.path_start[r + 1] - 1]);
+            const float* from = head_of(r, h);
+            for (size_t i = 0; i < static_cast<size_t>(size); i++) put(c % 2 ? at.value(row, i) : at.key(row, i), from[i]);
         }
     }
+    wait(team);
 }
 
 // ------------------------------------------------------------------------------------------------------ attention
@@ -827,9 +830,7 @@ void layers(const Stack& stack, const Cache& cache, const Rows& rows, Scratch& s
         const Layer& layer = stack.layer[index];
         norm_rows(layer.qkv, s.x, layer.attention_norm, stack.hidden, stack.eps, n, s, team);
         product(layer.qkv, n, s, Into::SET, s.wide, s.wide_stride, team);
-        Span mine = share(n, team);
-        for (int r = mine.begin; r < mine.end; r++) place_row<Place>(stack, layer, index, cache, rows, r, s);
-        wait(team);
+        place_heads<Place>(stack, layer, index, cache, rows, s, team);
         attention<Place>(stack, index, cache, rows, s, team);
         prepare(layer.out, s.context, s.wide_stride, n, s, team);
         product(layer.out, n, s, Into::ADD, s.x, hidden, team);
