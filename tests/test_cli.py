@@ -401,6 +401,14 @@ def test_info_says_why_the_slow_runtime_runs(tmp_path: Path, monkeypatch: pytest
     assert "model type 'gpt2' is not one of" in shown
 
 
+def test_info_cuts_no_figure_in_a_narrow_terminal(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s4c.cli.info.PASSES", 1)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("info", "--target", target, "--threads", 1).stdout
+    assert "of it, reading the weights" in shown
+    assert "…" not in shown
+
+
 def test_info_measures_nothing_it_would_have_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S4C_HOME", str(tmp_path))
     report = json.loads(run("info", "--json").stdout)

@@ -29,7 +29,7 @@ from verify_oracles import case_of_odd_rows, case_of_trees
 from s4c import LLM, SamplingParams
 from s4c.models.layers import DecoderLayer, LayerShape, RMSNorm
 from s4c.models.loading import choose_runtime, load_config, load_target
-from s4c.models.native import library, memory
+from s4c.models.native import library
 from s4c.models.native.linear import NativeLinear, quantise
 from s4c.models.native.rows import native_judge, native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
@@ -541,18 +541,6 @@ def test_the_switch_forces_an_instruction_set() -> None:
     with computing(SETS[-1]):
         expected = NativeLinear(weight, None, torch.float32)(x)
     assert found.stdout.split() == [SETS[-1], expected.numpy().tobytes().hex()]
-
-
-@pytest.mark.parametrize("rows", [3, 3000])
-def test_zeros_lie_in_large_pages_where_they_fill_one(rows: int) -> None:
-    first, second = (memory.zeros([2, rows, 200], torch.bfloat16) for _ in range(2))
-    assert first.shape == (2, rows, 200)
-    assert first.dtype == torch.bfloat16
-    assert first.is_contiguous()
-    first += 1
-    assert not second.any()
-    if first.nbytes >= memory.PAGE:
-        assert first.data_ptr() % memory.PAGE == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

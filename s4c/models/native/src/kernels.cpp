@@ -18,8 +18,8 @@ namespace {
 constexpr int BLOCK = 16;  // outputs that stand side by side
 constexpr int GROUP = 4;   // blocks that a thread multiplies at once
 constexpr int BAND = 48;   // rows whose sums are kept at a time, whole tiles of any height
-// Rows of a tile for each kind of weights, of the only tile where one takes them all, and how many vectors of sums the
-// registers hold beside weights and inputs.
+// For each kind of weights the rows of a tile, and those that are no more than one tile is made for; and how many vectors
+// of sums the registers hold beside weights and inputs.
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS[] = {9, 9, 9}, ONLY_ROWS[] = {13, 9, 9}, REGISTERS = 27;
 #elif defined(__AVX2__)
