@@ -44,10 +44,10 @@ from s4c.verify.rules import coupled, walked
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 7
+FORMAT = 8
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
-SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 14, 16, 17, 20, 24, 32)
+SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 15, 16, 17, 20, 24, 32)
 """Tokens of the passes that are measured: densely where trees are, for what a pass costs grows in steps."""
 
 CONTEXT, LONG_CONTEXT = 200, 700

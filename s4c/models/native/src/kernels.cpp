@@ -21,14 +21,19 @@ constexpr int BAND = 48;   // rows whose sums are kept at a time, whole tiles of
 // For each kind of weights the rows of a tile, and those that are no more than one tile is made for; and how many vectors
 // of sums the registers hold beside weights and inputs.
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS[] = {9, 9, 9}, ONLY_ROWS[] = {13, 9, 9}, REGISTERS = 27;
+constexpr int TILE_ROWS[] = {9, 9, 9}, ONLY_ROWS[] = {15, 15, 15}, REGISTERS = 30;
 #elif defined(__AVX2__)
 constexpr int TILE_ROWS[] = {6, 5, 4}, ONLY_ROWS[] = {6, 5, 4}, REGISTERS = 5;
 #else
 constexpr int TILE_ROWS[] = {3, 3, 3}, ONLY_ROWS[] = {3, 3, 3}, REGISTERS = 6;
 #endif
 constexpr int TALLEST = ONLY_ROWS[FLOAT32];
-constexpr int AHEAD = 3072;  // bytes of weights that a single tile fetches early
+// How many bytes of the weights of a block a single tile fetches early, and into which cache; how many tile registers.
+#if defined(__AVX512F__)
+constexpr int AHEAD = 2048, NEAR = 3, TILES_AHEAD = 4;
+#else
+constexpr int AHEAD = 3072, NEAR = 2;
+#endif
 
 struct Span {
     int begin, end;
@@ -142,7 +147,7 @@ void prepare(const Linear& linear, const float* x, size_t stride, int count, Scr
 // Each tile is a function of its own: where they are inlined into one, registers run short. Loops over its sums are flat,
 // and unrolled, for then the compiler keeps the sums in registers.
 #define ALONE __attribute__((noinline))
-#define UNROLLED _Pragma("GCC unroll 32")
+#define UNROLLED _Pragma("GCC unroll 64")
 
 // Weights that are wanted soon, so that memory streams while sums are made: a tile fetches `step` bytes of each block for
 // every vector of weights that it uses.
@@ -150,8 +155,12 @@ struct Soon {
     const char* at;
     int step;
     size_t block;
+    int last;     // from here on what comes soon lies in the blocks that are used next,
+    size_t jump;  // so far behind
 
-    void fetch(int b, int used) const { __builtin_prefetch(at + block * static_cast<size_t>(b) + used * step, 0, 2); }
+    void fetch(int b, int used) const {
+        __builtin_prefetch(at + block * static_cast<size_t>(b) + used * step + (used >= last ? jump : 0), 0, NEAR);
+    }
 };
 
 // A tile is the products of R rows with B blocks, [R][GROUP * BLOCK]; `steps` are vectors of weights of a block.
@@ -229,13 +238,19 @@ struct __attribute__((packed)) TileConfig {
         _tile_dpbssd(sums, x, w);                      \
     }
 
+// With a `jump`, to the blocks that are used next, weights are fetched early.
 template <Kind KIND, int B>
-inline void tile_registers(const char* w, size_t block, int steps, const char* x, size_t stride, float* out) {
+inline void tile_registers(const char* w, size_t block, int steps, const char* x, size_t stride, float* out, size_t jump = 0) {
     _tile_zero(0);
     if (B > 1) _tile_zero(1);
     if (B > 2) _tile_zero(2);
     if (B > 3) _tile_zero(3);
     for (int k = 0; k < steps; k++, w += 1024, x += 64) {
+        if (jump) {
+            const char* soon = w + TILES_AHEAD * 1024 + (k >= steps - TILES_AHEAD ? jump : 0);
+            UNROLLED for (int i = 0; i < 16 * B; i++)
+                __builtin_prefetch(soon + block * static_cast<size_t>(i / 16) + i % 16 * 64, 0, NEAR);
+        }
         _tile_loadd(4, x, static_cast<long>(stride));
         _tile_loadd(5, w, 64);
         S4C_MULTIPLY(0, 4, 5);
@@ -282,14 +297,15 @@ inline void finish(const Linear& linear, const float* sums, int row, int first_b
         return value;
     };
     if (into == Into::SWIGLU) {
-        for (int b = 0; b < blocks; b += 2) store(y + (first_block + b) / 2 * BLOCK, mul(silu(output(b)), output(b + 1)));
+        for (int b = 0; b < blocks; b += 2) stream(y + (first_block + b) / 2 * BLOCK, mul(silu(output(b)), output(b + 1)));
         return;
     }
     for (int b = 0; b < blocks; b++) {
         float* at = y + (first_block + b) * BLOCK;
         int left = linear.outputs - (first_block + b) * BLOCK;
         if (left >= BLOCK) {
-            store(at, into == Into::ADD ? add(load(at), output(b)) : output(b));
+            if (into == Into::ADD) store(at, add(load(at), output(b)));
+            else stream(at, output(b));
             continue;
         }
         float last[BLOCK];
@@ -311,16 +327,17 @@ inline void tile_amx(const Linear& linear, const Tile& at, const Scratch& s, flo
     const char* w = static_cast<const char*>(linear.weight) + block * static_cast<size_t>(at.block);
     const char* x = static_cast<const char*>(s.inputs) + s.input_stride * static_cast<size_t>(at.row);
     int steps = static_cast<int>(row / 64);
-    if (linear.kind == BFLOAT16) tile_registers<BFLOAT16, B>(w, block, steps, x, s.input_stride, out);
-    else tile_registers<INT8, B>(w, block, steps, x, s.input_stride, out);
+    size_t jump = at.turn == 0 ? block * static_cast<size_t>(at.group - 1) : 0;
+    if (linear.kind == BFLOAT16) tile_registers<BFLOAT16, B>(w, block, steps, x, s.input_stride, out, jump);
+    else tile_registers<INT8, B>(w, block, steps, x, s.input_stride, out, jump);
 }
 #endif
 
 // The only tile of its weights fetches what it will come to itself, several tiles share what comes after them.
 inline Soon soon_after(const Tile& at, const char* weights, size_t block, int steps) {
-    if (at.turns == 1) return {weights + AHEAD, 64, block};
+    if (at.turns == 1) return {weights + AHEAD, 64, block, steps - AHEAD / 64, block * static_cast<size_t>(at.group - 1)};
     int step = at.turns < 64 ? 64 / at.turns : 1;
-    return {weights + block * static_cast<size_t>(at.group) + at.turn * steps * step, step, block};
+    return {weights + block * static_cast<size_t>(at.group) + at.turn * steps * step, step, block, steps, 0};
 }
 
 template <int R, int B>
@@ -405,6 +422,7 @@ void product(const Linear& linear, int count, const Scratch& s, Into into, float
             }
         }
     }
+    drain();
     wait(team);
 }
 

@@ -266,6 +266,16 @@ inline vf exponential(vf x) {
     return times_power_of_two(p, n);
 }
 
+// Stores past the caches where whole lines are written: one that is not there need not be read first, which would take
+// its turn among the weights that are read. Other threads see them after `drain`.
+#if defined(__AVX512F__)
+inline void stream(float* p, vf x) { reinterpret_cast<uintptr_t>(p) % 64 ? _mm512_storeu_ps(p, x) : _mm512_stream_ps(p, x); }
+inline void drain() { _mm_sfence(); }
+#else
+inline void stream(float* p, vf x) { store(p, x); }
+inline void drain() {}
+#endif
+
 // Round to the nearest bf16, ties to even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
