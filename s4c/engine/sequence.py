@@ -83,6 +83,7 @@ class Sequence:
         tokens: prompt and output; the last one is the root of the next round.
         params: with the seed set.
         slot: where it stands in the caches while it runs.
+        text: of the output, as far as somebody has asked for it.
     """
 
     prompt: list[int]
@@ -125,7 +126,6 @@ class Sequence:
             self.finish_reason = self._end_at(token)
             if self.finished:
                 break
-        self._read()
         self.stats.record_round(kept)
         if self.finished:
             self._close()
@@ -137,6 +137,7 @@ class Sequence:
 
     def released_text(self) -> str:
         """Text that came since the last call, without what might still become a stop string."""
+        self._read()
         end = len(self.text)
         if not self.finished:
             end -= max((_overlap(self.text, stop) for stop in self.params.stop), default=0)
@@ -189,6 +190,7 @@ class Sequence:
         return first >= 0
 
     def _close(self) -> None:
+        self._read()
         if self._detokenizer is not None and self.finish_reason in ("length", "error"):
             self._cut_at_stop(self._detokenizer.flush())
 

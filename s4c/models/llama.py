@@ -18,6 +18,9 @@ from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models.adapter import AdaptedRows, Adapter
 from s4c.models.base import Target, TargetSpec
 from s4c.models.layers import DecoderLayer, LayerShape, Linear, RMSNorm
+from s4c.models.native.decoder import NativeDecoder
+from s4c.models.native.linear import NativeLinear
+from s4c.models.native.stack import NativeStack
 from s4c.models.sampling import judge_kernel
 from s4c.models.stack import OpenLayers, Rope, Stack, TorchStack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
@@ -161,6 +164,9 @@ class LlamaTarget(Target):
         self._tied = bool(config.tie_word_embeddings) and dtype != torch.int8
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
+        self._native: NativeDecoder | None = None
+        if isinstance(self._stack, NativeStack) and isinstance(self.head.packed, NativeLinear):
+            self._native = NativeDecoder(self._embedding, self._stack, self.head.packed)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
 
@@ -189,6 +195,8 @@ class LlamaTarget(Target):
 
     @torch.no_grad()
     def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
+        if self._native is not None and self._adapter is None:
+            return self._native.verify(tree, taps)
         x, adapted = self._embed(tree.tokens)
         features = self._stack.run(x, tree.parents, adapted=adapted, taps=taps)
         logits = self.head(features[..., : self.spec.hidden_size]).float()

@@ -236,7 +236,7 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
             stacks[h] = &models[h].stack, caches[h] = &models[h].cache;
         }
         const Linear* products[1] = {&lm_head.c};
-        Heads heads{HEADS, 1, stacks, caches, products, ids.data(), embedding.data(), 0};
+        Heads heads{HEADS, 1, stacks, caches, products, ids.data(), {embedding.data(), 0}};
         Floats carry(static_cast<size_t>(batch) * d);
         std::vector<const float*> rows;
         for (int b = first; b < first + batch; b++) rows.insert(rows.end(), DEPTH, b ? gumbel.data() : nullptr);
@@ -348,6 +348,31 @@ void taps_are_given_as_well(int kind, unsigned seed) {
     }
 }
 
+// A whole pass is its parts: embeddings, layers, LM head.
+void a_whole_pass_is_its_parts(int kind, unsigned seed) {
+    constexpr int VOCABULARY = 37;
+    const size_t d = 33;
+    Model model(kind, {33, 47, 8, 1, 20, false, true}, seed);
+    Weights lm_head(kind, 33, VOCABULARY, seed + 50, false);
+    Floats embedding = noise(VOCABULARY * d, seed + 51);
+    const Decoder decoder{&model.stack, &model.cache, &lm_head.c, {embedding.data(), 0}};
+    const std::vector<int64_t> tokens{5, 36, 0, 7, 7, 1};
+    const Parents parents{-1, 0, 0, -1, 0, 1};
+    for (const std::vector<int32_t>& taps : {std::vector<int32_t>{}, {1}}) {
+        size_t wide = d * (1 + taps.size());
+        Floats features(6 * wide), logits(6 * VOCABULARY), x, alone(VOCABULARY);
+        for (int64_t token : tokens) x.insert(x.end(), embedding.begin() + token * 33, embedding.begin() + (token + 1) * 33);
+        Floats expected = model.run(x, 2, 0, parents, 0, nullptr, taps);
+        CHECK(s4c_verify(&decoder, tokens.data(), 2, 3, model.lengths.data(), parents.data(), taps.data(), static_cast<int>(taps.size()), features.data(),
+                         logits.data()) == 0);
+        CHECK(same(features, expected));
+        for (size_t r = 0; r < 6; r++) {
+            CHECK(s4c_linear(&lm_head.c, &expected[r * wide], 1, alone.data()) == 0);
+            CHECK(std::memcmp(alone.data(), &logits[r * VOCABULARY], sizeof(float) * VOCABULARY) == 0);
+        }
+    }
+}
+
 // Callers at once, while the pool changes its size.
 void callers_take_turns(int kind) {
     const Shape shape{20, 30, 4, 2, 8, false, false};
@@ -382,6 +407,7 @@ void check(const std::string& name) {
             speculative_is_plain(kind, {1, 1, 1, 1, 2, false, false}, 3, 1, seed++);
             terms_act_at_their_rows_alone(kind, seed++);
             taps_are_given_as_well(kind, seed++);
+            a_whole_pass_is_its_parts(kind, seed++);
         }
         callers_take_turns(kind);
         drafts_know_no_other_sequence(kind, true, 4, 300);

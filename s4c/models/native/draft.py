@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from s4c.models.layers import Linear
 from s4c.models.native import library
+from s4c.models.native.decoder import c_embedding
 from s4c.models.native.library import CHeads, CPlan, CRound, pointers
 from s4c.models.native.linear import NativeGrowing, NativeLinear
 from s4c.models.native.rows import MOST_TOP
@@ -51,8 +52,6 @@ class NativeDraft:
     """
 
     def __init__(self, stacks: Sequence[Stack], lm_head: nn.Module, embedding: Tensor, token_ids: Tensor) -> None:
-        assert embedding.dtype in (torch.float32, torch.bfloat16)
-        assert embedding.is_contiguous()
         self._stacks = [stack for stack in stacks if isinstance(stack, NativeStack)]
         packed = [layer.packed for layer in lm_head.modules() if isinstance(layer, Linear)]
         products = [product for product in packed if isinstance(product, NativeLinear)]
@@ -66,8 +65,7 @@ class NativeDraft:
             pointers([ctypes.addressof(stack.c_cache) for stack in self._stacks]),
             pointers([ctypes.addressof(product.c) for product in products]),
             token_ids.data_ptr(),
-            embedding.data_ptr(),
-            int(embedding.dtype == torch.bfloat16),
+            c_embedding(embedding),
         )
 
     @staticmethod

@@ -76,6 +76,23 @@ class CCache(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int32), ("rows", c_int32), ("half", c_int32)]
 
 
+class CEmbedding(Structure):
+    """`Embedding` of core.h."""
+
+    _fields_ = [("weight", c_void_p), ("half", c_int32)]
+
+
+class CDecoder(Structure):
+    """`Decoder` of core.h."""
+
+    _fields_ = [
+        ("stack", POINTER(CStack)),
+        ("cache", POINTER(CCache)),
+        ("lm_head", POINTER(CLinear)),
+        ("embedding", CEmbedding),
+    ]
+
+
 class CHeads(Structure):
     """`Heads` of core.h."""
 
@@ -86,8 +103,7 @@ class CHeads(Structure):
         ("cache", POINTER(c_void_p)),
         ("lm_head", POINTER(c_void_p)),
         ("token_ids", c_void_p),
-        ("embedding", c_void_p),
-        ("half", c_int32),
+        ("embedding", CEmbedding),
     ]
 
 
@@ -144,6 +160,7 @@ def _load() -> ctypes.CDLL | str:
     core.s4c_judge.argtypes = [POINTER(CTrees), c_void_p, c_int, *[c_void_p] * 3]
     core.s4c_noise.argtypes = [c_uint64, c_uint32, c_uint64, c_int, c_void_p]
     core.s4c_pass.argtypes = [POINTER(CStack), POINTER(CCache), *[c_void_p] * 2, *[c_int] * 4, *[c_void_p] * 4, c_int]
+    core.s4c_verify.argtypes = [POINTER(CDecoder), c_void_p, *[c_int] * 2, *[c_void_p] * 3, c_int, *[c_void_p] * 2]
     core.s4c_keep.argtypes = [POINTER(CCache), *[c_int] * 5, c_void_p, c_int]
     core.s4c_draft.argtypes = [POINTER(CHeads), POINTER(CPlan), POINTER(CRound), c_int, *[c_void_p] * 4]
     names = _names(core)

@@ -184,7 +184,7 @@ struct Core {
     Pool pool;
     int threads = 1;
     const Variant* variant = nullptr;
-    Buffer x, wide, inputs, scales, context, angles, scores, inner;
+    Buffer embedded, x, wide, inputs, scales, context, angles, scores, inner;
     std::vector<int32_t> slot, prefix, path_start, path;
 };
 
@@ -222,7 +222,7 @@ size_t input_bytes(const Linear& linear) { return static_cast<size_t>(linear.pad
 
 // The rows that each new row sees, as a prefix and a path of cache rows: up from parent to parent. A path that goes
 // on where the prefix ends becomes part of it.
-void read_rows(Core& c, int batch, int count, int pending, int first_slot, const int32_t* lengths, const int64_t* parents) {
+Rows read_rows(Core& c, int batch, int count, int pending, int first_slot, const int32_t* lengths, const int64_t* parents) {
     c.slot.clear(), c.prefix.clear(), c.path_start.assign(1, 0), c.path.clear();
     for (int b = 0; b < batch; b++, parents += pending + count)
         for (int r = pending; r < pending + count; r++) {
@@ -237,6 +237,40 @@ void read_rows(Core& c, int batch, int count, int pending, int first_slot, const
             c.prefix.push_back(prefix);
             c.path_start.push_back(static_cast<int32_t>(c.path.size()));
         }
+    return {batch * count, c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
+}
+
+// Working memory of a pass, and of a product after it that reads so many bytes of a row.
+Scratch scratch_of(Core& c, const Stack& stack, const Cache& cache, int count, const uint8_t* adapted, const int32_t* taps, int tap_count,
+                   size_t input) {
+    size_t n = static_cast<size_t>(count), hidden = static_cast<size_t>(stack.hidden), rank = 0;
+    size_t qkv = static_cast<size_t>(stack.heads + 2 * stack.kv_heads) * static_cast<size_t>(stack.head_dim);
+    size_t widest = std::max({qkv, stack.join_norm ? 2 * hidden : hidden, static_cast<size_t>(stack.intermediate)});
+    const Layer& first = *stack.layer;
+    for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) {
+        input = std::max(input, input_bytes(*linear));
+        if (adapted && linear->low_rank) rank = std::max(rank, static_cast<size_t>(linear->low_rank->rank));
+    }
+    if (stack.join_norm) input = std::max(input, input_bytes(stack.join));
+    Scratch s;
+    s.wide_stride = round_up(widest, 16) + 16;
+    s.input_stride = round_up(input, 64) + 64;
+    s.row_scores = round_up(static_cast<size_t>(cache.rows), 16) + 64;
+    size_t deep = round_up(static_cast<size_t>(stack.head_dim), 32);
+    s.score_stride = MOST_QUERIES * (s.row_scores + deep) + (cache.half ? 16 / 2 * (s.row_scores + deep) : 0);
+    s.x = c.x.get<float>(n * hidden);
+    s.wide = c.wide.get<float>(n * s.wide_stride);
+    s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
+    s.scales = c.scales.get<float>(n);
+    s.context = c.context.get<float>(n * s.wide_stride);
+    s.angles = c.angles.get<float>(n * static_cast<size_t>(stack.head_dim));
+    s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
+    s.adapted = adapted;
+    s.taps = taps;
+    s.tap_count = tap_count;
+    s.inner_stride = rank;
+    s.inner = c.inner.get<float>(n * rank);
+    return s;
 }
 
 template <class Place>
@@ -286,39 +320,26 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
              int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted, const int32_t* taps,
              int tap_count) {
     return guarded([&](Core& c) {
-        read_rows(c, batch, count, pending, first_slot, lengths, parents);
-        size_t n = static_cast<size_t>(batch) * static_cast<size_t>(count), hidden = static_cast<size_t>(stack->hidden);
-        size_t qkv = static_cast<size_t>(stack->heads + 2 * stack->kv_heads) * static_cast<size_t>(stack->head_dim);
-        size_t widest = qkv;
-        for (size_t size : {stack->join_norm ? 2 * hidden : hidden, static_cast<size_t>(stack->intermediate)}) widest = size > widest ? size : widest;
-        size_t input = 0, rank = 0;
-        const Layer& first = *stack->layer;
-        for (const Linear* linear : {&first.qkv, &first.out, &first.gate_up, &first.down}) {
-            input = std::max(input, input_bytes(*linear));
-            if (adapted && linear->low_rank) rank = std::max(rank, static_cast<size_t>(linear->low_rank->rank));
-        }
-        if (stack->join_norm) input = std::max(input, input_bytes(stack->join));
-        Scratch s;
-        s.wide_stride = round_up(widest, 16) + 16;
-        s.input_stride = round_up(input, 64) + 64;
-        s.row_scores = round_up(static_cast<size_t>(cache->rows), 16) + 64;
-        size_t deep = round_up(static_cast<size_t>(stack->head_dim), 32);
-        s.score_stride = MOST_QUERIES * (s.row_scores + deep) + (cache->half ? 16 / 2 * (s.row_scores + deep) : 0);
-        s.x = c.x.get<float>(n * hidden);
-        s.wide = c.wide.get<float>(n * s.wide_stride);
-        s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
-        s.scales = c.scales.get<float>(n);
-        s.context = c.context.get<float>(n * s.wide_stride);
-        s.angles = c.angles.get<float>(n * static_cast<size_t>(stack->head_dim));
-        s.scores = c.scores.get<float>(static_cast<size_t>(c.pool.size()) * s.score_stride);
-        s.adapted = adapted;
-        s.taps = taps;
-        s.tap_count = tap_count;
-        s.inner_stride = rank;
-        s.inner = c.inner.get<float>(n * rank);
-        Rows rows{static_cast<int32_t>(n), c.slot.data(), c.prefix.data(), c.path_start.data(), c.path.data()};
+        Rows rows = read_rows(c, batch, count, pending, first_slot, lengths, parents);
+        Scratch s = scratch_of(c, *stack, *cache, rows.count, adapted, taps, tap_count, 0);
         auto kernel = c.variant->kernels()->pass;
         c.pool.run([&](Team team) { kernel(*stack, *cache, rows, x, s, out, team); });
+    });
+}
+
+int s4c_verify(const Decoder* decoder, const int64_t* tokens, int batch, int count, const int32_t* lengths, const int64_t* parents,
+               const int32_t* taps, int tap_count, float* features, float* logits) {
+    return guarded([&](Core& c) {
+        Rows rows = read_rows(c, batch, count, 0, 0, lengths, parents);
+        Scratch s = scratch_of(c, *decoder->stack, *decoder->cache, rows.count, nullptr, taps, tap_count, input_bytes(*decoder->lm_head));
+        size_t hidden = static_cast<size_t>(decoder->stack->hidden);
+        float* x = c.embedded.get<float>(static_cast<size_t>(rows.count) * hidden);
+        for (int r = 0; r < rows.count; r++) decoder->embedding.read(tokens[r], hidden, x + hidden * static_cast<size_t>(r));
+        const Kernels& kernels = *c.variant->kernels();
+        c.pool.run([&](Team team) {
+            kernels.pass(*decoder->stack, *decoder->cache, rows, x, s, features, team);
+            kernels.linear(*decoder->lm_head, features, hidden * static_cast<size_t>(1 + tap_count), rows.count, s, logits, team);
+        });
     });
 }
 
@@ -330,7 +351,7 @@ int s4c_linear(const Linear* linear, const float* x, int count, float* out) {
         s.inputs = c.inputs.get<char>(round_up(n, 16) * s.input_stride);
         s.scales = c.scales.get<float>(n);
         auto kernel = c.variant->kernels()->linear;
-        c.pool.run([&](Team team) { kernel(*linear, x, count, s, out, team); });
+        c.pool.run([&](Team team) { kernel(*linear, x, static_cast<size_t>(linear->inputs), count, s, out, team); });
     });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
@@ -133,6 +134,33 @@ struct Scratch {
     size_t wide_stride, input_stride, score_stride, row_scores, inner_stride;
 };
 
+// Embeddings, [tokens, hidden]: bf16 (half = 1) or fp32.
+struct Embedding {
+    const void* weight;
+    int32_t half;
+
+    void read(int64_t token, size_t hidden, float* out) const {
+        size_t at = static_cast<size_t>(token) * hidden;
+        if (!half) {
+            std::memcpy(out, static_cast<const float*>(weight) + at, sizeof(float) * hidden);
+            return;
+        }
+        const uint16_t* bits = static_cast<const uint16_t*>(weight) + at;
+        for (size_t i = 0; i < hidden; i++) {
+            uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+            std::memcpy(out + i, &wide, sizeof(float));
+        }
+    }
+};
+
+// A whole model.
+struct Decoder {
+    const Stack* stack;
+    const Cache* cache;
+    const Linear* lm_head;
+    Embedding embedding;
+};
+
 // Heads that draft one after the other, each a stack with a join and a cache of its own, and the LM head that they share.
 struct Heads {
     int32_t count, products;      // products: of the LM head, one after the other
@@ -140,8 +168,7 @@ struct Heads {
     const Cache* const* cache;    // [count]
     const Linear* const* lm_head;  // [products]
     const int64_t* token_ids;     // [outputs of the LM head], the target's token of each
-    const void* embedding;        // [tokens, hidden], bf16 (half = 1) or fp32
-    int32_t half;
+    Embedding embedding;
 };
 
 // The tree that is wanted: children of a node, levels, nodes with the root. Up to `expanded` best nodes of a level have
@@ -186,7 +213,7 @@ constexpr int64_t NO_NUMBERS = -1, NOTHING = -2;  // in place of a token: NaN or
 
 struct Kernels {
     void (*pass)(const Stack&, const Cache&, const Rows&, const float* x, Scratch&, float* out, Team);
-    void (*linear)(const Linear&, const float* x, int count, Scratch&, float* out, Team);
+    void (*linear)(const Linear&, const float* x, size_t stride, int count, Scratch&, float* out, Team);
     void (*top)(const float* x, int count, int columns, int k, float* values, int64_t* indices, float* totals, Team);
     void (*judge)(const Trees&, const float* logits, int columns, int64_t* paths, int64_t* tokens, int64_t* accepted, Team);
     void (*noise)(uint64_t seed, uint32_t stream, uint64_t position, int size, float* out, Team);
@@ -218,6 +245,11 @@ int s4c_threads();
 int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out, int batch, int count, int pending,
              int first_slot, const int32_t* lengths, const int64_t* parents, const uint8_t* adapted, const int32_t* taps,
              int tap_count);
+
+// A whole pass over tokens [batch, count]: features [batch * count, (1 + tap_count) * hidden] and logits [batch * count, outputs of
+// the LM head]. The rest as for s4c_pass, in the first slots, with nothing pending.
+int s4c_verify(const Decoder* decoder, const int64_t* tokens, int batch, int count, const int32_t* lengths, const int64_t* parents,
+               const int32_t* taps, int tap_count, float* features, float* logits);
 
 // out [count, outputs] = x [count, inputs] W^T + b.
 int s4c_linear(const Linear* linear, const float* x, int count, float* out);

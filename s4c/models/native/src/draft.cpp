@@ -142,19 +142,6 @@ class Drafting {
         return parent < 0 ? carry(b, before) : row_of(before, b, parent);
     }
 
-    void embed(int64_t token, float* out) const {
-        size_t at = static_cast<size_t>(token) * hidden_;
-        if (!heads_.half) {
-            std::copy_n(static_cast<const float*>(heads_.embedding) + at, hidden_, out);
-            return;
-        }
-        const uint16_t* half = static_cast<const uint16_t*>(heads_.embedding) + at;
-        for (size_t i = 0; i < hidden_; i++) {
-            uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
-            std::memcpy(out + i, &bits, sizeof(float));
-        }
-    }
-
     // One head over the rows [begin, end); those before `begin` it has run over in this round.
     void run_head(int head, int begin, int end) {
         int count = end - begin;
@@ -166,7 +153,7 @@ class Drafting {
             const auto& all = parents_[static_cast<size_t>(b)];
             parents.insert(parents.end(), all.begin(), all.begin() + end);
             for (int row = begin; row < end; row++, pair += 2 * hidden_) {
-                embed(tokens_[static_cast<size_t>(b)][static_cast<size_t>(row)], pair);
+                heads_.embedding.read(tokens_[static_cast<size_t>(b)][static_cast<size_t>(row)], hidden_, pair);
                 std::copy_n(input(head, b, row, again), hidden_, pair + hidden_);
             }
         }

@@ -890,9 +890,9 @@ void pass(const Stack& stack, const Cache& cache, const Rows& rows, const float*
     give(stack, rows, s, 0, stack.final_norm, out, team);
 }
 
-void linear(const Linear& layer, const float* x, int count, Scratch& s, float* out, Team team) {
+void linear(const Linear& layer, const float* x, size_t stride, int count, Scratch& s, float* out, Team team) {
     Tiles tiles;
-    prepare(layer, x, static_cast<size_t>(layer.inputs), count, s, team);
+    prepare(layer, x, stride, count, s, team);
     product(layer, count, s, Into::SET, out, static_cast<size_t>(layer.outputs), team);
 }
 
