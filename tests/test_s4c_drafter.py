@@ -284,7 +284,7 @@ def test_what_lies_further_back_than_the_window_is_dropped_in_time(target: Any) 
                 anew += 1
                 fresh = drafter_of(target, heads=3, window=8)[1]
                 fresh.prefill(0, torch.tensor(run.tokens[slot][:-1]), run.features[slot])
-                assert fresh._slots[0].past[0].shape[0] == 8 + 1
+                assert len(fresh._slots[0].features) == 8 + 1
                 alone = copy.copy(run)
                 alone.drafter, alone.tokens, alone.lengths = fresh, [run.tokens[slot]], [run.lengths[slot]]
                 _, expected = alone.propose()

@@ -275,11 +275,10 @@ def noise_by_level(sequences: Sequences, plan: TreePlan) -> list[Tensor | None] 
     """
     if _draws(sequences, plan) or not sequences.scores.only_cools:
         return None
-    first = (sequences.positions + 1).tolist()
+    lines, levels = sequences.tokens, range(plan.depth)
     if sequences.sampled or sequences.scores.greedy:
-        return [None] * (len(first) * plan.depth)
-    levels = range(plan.depth)
-    return [sequences.scores.noise_row(b, start + level) for b, start in enumerate(first) for level in levels]
+        return [None] * (len(lines) * plan.depth)
+    return [sequences.scores.noise_row(b, len(line) + level) for b, line in enumerate(lines) for level in levels]
 
 
 def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:

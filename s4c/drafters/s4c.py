@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -274,21 +274,47 @@ def _initialise(head: S4CHead, final_norm: Tensor | None) -> None:
             head.norm.weight.fill_(float(final_norm.float().square().mean().sqrt()))
 
 
+class _Features:
+    """Rows [n, d (1 + taps)] float32 that grow in place: the target's features, one position before each token.
+
+    Args:
+        rows: the first ones.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._count = 0
+        self._rows = rows.new_empty(0, rows.shape[1], dtype=torch.float32)
+        self.append(rows)
+
+    def append(self, rows: Tensor) -> None:
+        """More of them, which are copied."""
+        end = self._count + len(rows)
+        if end > len(self._rows):
+            self._rows = torch.cat([self._rows[: self._count], self._rows.new_empty(2 * end, self._rows.shape[1])])
+        self._rows[self._count : end] = rows
+        self._count = end
+
+    def last(self, count: int) -> Tensor:
+        """The last `count` of them, a view."""
+        return self._rows[self._count - count : self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+
 @dataclass
 class _Slot:
-    """What a sequence has committed since the heads last ran.
+    """What is known of a sequence.
 
     Attributes:
-        tokens: accepted tokens; the root follows them, and only the next round names it.
-        features: in parts [.., d (1 + taps)], the target's one position before each of the tokens and the root.
+        tokens: accepted since the heads last ran; the root follows them, and only the next round names it.
+        features: of all tokens that the heads may have to take in anew, and of the root.
         carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
-        past: the target's features one position before all tokens that the heads may have to take in anew, in parts.
     """
 
     tokens: list[int]
-    features: list[Tensor]
+    features: _Features
     carry: Tensor
-    past: list[Tensor]
 
 
 class S4CDrafter(Drafter):
@@ -353,19 +379,19 @@ class S4CDrafter(Drafter):
         """Fill the caches of a slot with the last `window` of tokens [n]; features [n + 1] lie one position before them
         and the root."""
         window = self.config.window
-        tokens, features = tokens[-window:], features[-window - 1 :].clone()
+        tokens, features = tokens[-window:], features[-window - 1 :]
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
-        before = self._blend(features)
-        state = _Slot([], [], before.new_zeros(len(self._stacks) - 1, before.shape[1]), [features])
+        before = self._read(features)
+        state = _Slot([], _Features(features), before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK]
             rows = Rows(chunk, [chunk.shape[1]])
             inputs = before[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
-            self._settle([state], rows.counts, self._carry(rows, outputs), slot)
-        state.features = [features[-1:]]
+            (state.carry,) = self._carry(rows, outputs)
+            self._settle([state], rows.counts, slot)
         self._slots[slot] = state
 
     @torch.no_grad()
@@ -374,29 +400,35 @@ class S4CDrafter(Drafter):
         for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
             if self._stacks[0].lengths[slot] + len(self._slots[slot].tokens) >= 2 * self.config.window:
                 text = torch.tensor(line[-1 - self.config.window : -1], dtype=torch.int64, device=self.device)
-                self._take_in(slot, text, torch.cat(self._slots[slot].past))
-        states = [self._slots[slot] for slot in range(sequences.roots.shape[0])]
+                features = self._slots[slot].features
+                self._take_in(slot, text, features.last(len(features)))
+        states = [self._slots[slot] for slot in range(len(sequences.tokens))]
+        for state, line in zip(states, sequences.tokens, strict=True):
+            state.tokens.append(line[-1])
         if plan.nodes < 2:  # the heads take in what is committed when they are asked again
-            for state, root in zip(states, sequences.roots.tolist(), strict=True):
-                state.tokens = [*state.tokens, root]
             return root_only(sequences.roots)
-        unread, features = self._unread(states, sequences.roots)
-        carry = torch.stack([state.carry for state in states])
+        unread = [state.tokens for state in states]
+        for memory in self._memories():
+            for slot, tokens in enumerate(unread):
+                memory.add(slot, tokens)
+        inputs = [self._read(state.features.last(len(state.tokens))) for state in states]
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
             texts = self._echo.kernels(len(states)) if self._echo else None
-            tree = self._native.grow(plan, unread, features, carry, temperatures, noise, further, texts)
+            carry = [state.carry for state in states]
+            tree = self._native.grow(plan, unread, inputs, carry, temperatures, noise, further, texts)
         else:
-            tree, carry = self._grow(sequences, plan, Rows.of(unread, self.device), features, carry)
-        self._settle(states, [len(line) for line in unread], carry, 0)
+            tree = self._grow(sequences, plan, Rows.of(unread, self.device), states, inputs)
+        self._settle(states, [len(line) for line in unread], 0)
         return tree
 
     def _grow(
-        self, sequences: Sequences, plan: TreePlan, rows: Rows, features: Tensor, carry: Tensor
-    ) -> tuple[DraftTree, Tensor]:
-        """The tree of a round, level by level, and the new carry; what `NativeDraft.grow` is tested against."""
+        self, sequences: Sequences, plan: TreePlan, rows: Rows, states: Sequence[_Slot], lines: Sequence[Tensor]
+    ) -> DraftTree:
+        """The tree of a round, level by level; what `NativeDraft.grow` is tested against."""
+        features, carry = pad_sequence(list(lines), batch_first=True), torch.stack([state.carry for state in states])
         builder = plan.grow(sequences.roots, self._select)
         outputs: list[Tensor] = []
         while builder.open:
@@ -412,7 +444,9 @@ class S4CDrafter(Drafter):
             logits, ids = self._logits(_gather_rows(outputs[-1], rows.frontier))
             extend(sequences, builder, self._echo.joined(logits, ids, builder) if self._echo else logits, ids)
         outputs = self._run_remaining(outputs, rows, features, carry)
-        return finish(sequences, builder), self._carry(rows, outputs)
+        for state, brought in zip(states, self._carry(rows, outputs), strict=True):
+            state.carry = brought
+        return finish(sequences, builder)
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[B, W, V''] float32 of outputs [B, W, d], and [V''] int64, the tokens of its columns."""
@@ -425,12 +459,9 @@ class S4CDrafter(Drafter):
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         for slot, (path, tokens) in enumerate(verdict.lines):
             state = self._slots[slot]
-            state.tokens = state.tokens + tokens[:-1]
+            state.tokens += tokens[:-1]
             straight = path[-1] == len(path) - 1
-            rows = output.features[slot, : len(path)] if straight else output.features[slot, path]
-            new = rows.to(torch.float32, copy=straight)  # of its own, for the others are let go
-            state.features.append(new)
-            state.past.append(new)
+            state.features.append(output.features[slot, : len(path)] if straight else output.features[slot, path])
 
     def move(self, source: int, destination: int) -> None:
         for stack in self._stacks:
@@ -439,15 +470,10 @@ class S4CDrafter(Drafter):
         for memory in self._memories():
             memory.move(source, destination)
 
-    def _unread(self, states: list[_Slot], roots: Tensor) -> tuple[list[list[int]], Tensor]:
-        """The text that the heads have not taken in yet, up to M tokens, and what head 1 reads there, [B, M, d]."""
-        lines = [[*state.tokens, root] for state, root in zip(states, roots.tolist(), strict=True)]
-        for memory in self._memories():
-            for slot, line in enumerate(lines):
-                memory.add(slot, line)
-        features = [torch.cat(s.features) if len(s.features) > 1 else s.features[0] for s in states]
-        alone = len(features) == 1
-        return lines, self._blend(features[0][None] if alone else pad_sequence(features, batch_first=True))
+    def _read(self, features: Tensor) -> Tensor:
+        """[..., d] of the target's features [..., d (1 + taps)]: what head 1 reads."""
+        read: Tensor = self._blend(features) if self.taps else features
+        return read
 
     def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.
@@ -479,13 +505,12 @@ class S4CDrafter(Drafter):
         last = [torch.stack([out[b, n - 1] for b, n in enumerate(rows.counts)]) for out in outputs[:-1]]
         return torch.stack(last, 1) if last else outputs[0][:, :0]
 
-    def _settle(self, states: list[_Slot], counts: list[int], carry: Tensor, first_slot: int) -> None:
-        """Keep the committed rows in the caches, and carry over the outputs at the last of them."""
+    def _settle(self, states: Sequence[_Slot], counts: Sequence[int], first_slot: int) -> None:
+        """Keep the committed rows in the caches."""
         for offset, (state, count) in enumerate(zip(states, counts, strict=True)):
             for stack in self._stacks:
                 stack.keep(first_slot + offset, list(range(count)))
-            state.carry = carry[offset]
-            state.tokens, state.features = [], []
+            state.tokens = []
 
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -238,6 +238,12 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
         const Linear* products[1] = {&lm_head.c};
         Heads heads{HEADS, 1, stacks, caches, products, ids.data(), {embedding.data(), 0}};
         Floats carry(static_cast<size_t>(batch) * d);
+        std::vector<const float*> read;
+        std::vector<float*> carried;
+        for (int b = 0; b < batch; b++) {
+            read.push_back(features.data() + static_cast<size_t>((first + b) * LONGEST) * d);
+            carried.push_back(carry.data() + static_cast<size_t>(b) * d);
+        }
         std::vector<const float*> rows;
         for (int b = first; b < first + batch; b++) rows.insert(rows.end(), DEPTH, b ? gumbel.data() : nullptr);
         const int32_t lengths[2] = {0, 0};
@@ -247,8 +253,8 @@ void drafts_know_no_other_sequence(int kind, bool best, int expanded, unsigned s
         const int64_t* texts[2] = {one, other};
         const int32_t text_lengths[2] = {5, 11};
         const float echo[2] = {0.2f, 3.0f};
-        Round round{batch, LONGEST, tokens.data() + first * LONGEST, counts + first, lengths, features.data() + static_cast<size_t>(first * LONGEST) * d,
-                    carry.data(), temperatures + first, rows.data(), further + first, further_ids + first,
+        Round round{batch, LONGEST, tokens.data() + first * LONGEST, counts + first, lengths, read.data(),
+                    carried.data(), temperatures + first, rows.data(), further + first, further_ids + first,
                     texts + first, text_lengths + first, echo, 2, 6, 2};
         std::vector<int64_t> out(static_cast<size_t>(2 * batch * plan.nodes));
         Floats path(static_cast<size_t>(batch * plan.nodes));

@@ -77,8 +77,8 @@ class NativeDraft:
         self,
         plan: TreePlan,
         unread: Sequence[Sequence[int]],
-        features: Tensor,
-        carry: Tensor,
+        features: Sequence[Tensor],
+        carry: Sequence[Tensor],
         temperatures: Sequence[float],
         noise: Sequence[Tensor | None],
         further: Sequence[tuple[NativeGrowing, Tensor] | None],
@@ -89,16 +89,16 @@ class NativeDraft:
         Args:
             plan: a tree that `grows`.
             unread: of each sequence 1 to M tokens, what the heads have not seen yet, the root last.
-            features: [B, M, d] float32, the target's, one position before each of them, then padding.
-            carry: [B, H - 1, d] float32, what all heads but the last gave at the last committed position; it is
-                brought up to the root.
+            features: of each sequence [as many, d] float32, the target's, one position before each of them.
+            carry: of each sequence [H - 1, d] float32, what all heads but the last gave at the last committed position;
+                it is brought up to the root.
             temperatures: of the B requests.
             noise: B times D rows [V] float32, of the levels of each sequence; None where there is no noise.
             further: of each sequence the product that makes the logits of tokens beyond the draft vocabulary, and
                 [at least as many as its outputs] int64, these tokens; None where there are none.
             texts: of the sequences, where they are to be echoed.
         """
-        batch, longest, _ = features.shape
+        batch, longest = len(unread), max(map(len, unread))
         tokens = (ctypes.c_int64 * (batch * longest))(
             *chain.from_iterable([*u, *[0] * (longest - len(u))] for u in unread)
         )
@@ -108,13 +108,13 @@ class NativeDraft:
             stack.reserve(batch, max(lengths) + longest + EXPANDED_PER_LEVEL * plan.depth)
         assert len(noise) == batch * plan.depth
         assert len(further) == batch
-        features = features.contiguous()
-        assert features.dtype == carry.dtype == torch.float32
-        assert carry.is_contiguous()
+        assert all(rows.dtype == torch.float32 and rows.is_contiguous() for rows in chain(features, carry))
         held: list[Any] = [
             tokens,
             (ctypes.c_int32 * batch)(*(len(line) for line in unread)),
             (ctypes.c_int32 * batch)(*lengths),
+            pointers([rows.data_ptr() for rows in features]),
+            pointers([rows.data_ptr() for rows in carry]),
             (ctypes.c_float * batch)(*temperatures),
             pointers([None if row is None else row.data_ptr() for row in noise]),
             pointers([None if more is None else ctypes.addressof(more[0].c) for more in further]),
@@ -125,17 +125,16 @@ class NativeDraft:
             held.append(pointers([text.buffer_info()[0] for text in texts.tokens]))
             held.append((ctypes.c_int32 * batch)(*(len(text) for text in texts.tokens)))
             echoed = (texts.weights.data_ptr(), len(texts.weights), texts.near, texts.telling)
-        read, counted, committed, *rest = (ctypes.addressof(array) for array in held)
+        addresses = [ctypes.addressof(array) for array in held]
         heard = () if texts is not None else (None, None)
         shape = CPlan(plan.kind == "best", plan.width, plan.depth, plan.nodes, EXPANDED_PER_LEVEL, plan.floor)
-        addresses = read, counted, committed, features.data_ptr(), carry.data_ptr(), *rest, *heard
         room = batch * most
         drafted, parents = (ctypes.c_int64 * room)(), (ctypes.c_int64 * room)()
         paths, candidate = (ctypes.c_float * room)(), (ctypes.c_bool * room)()
         size = library.core().s4c_draft(
             ctypes.byref(self._heads),
             ctypes.byref(shape),
-            ctypes.byref(CRound(batch, longest, *addresses, *echoed)),
+            ctypes.byref(CRound(batch, longest, *addresses, *heard, *echoed)),
             most,
             drafted,
             parents,

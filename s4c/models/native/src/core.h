@@ -185,8 +185,8 @@ struct Round {
     const int64_t* tokens;      // [batch, longest]
     const int32_t* counts;      // [batch]
     const int32_t* lengths;     // [batch], committed rows of the caches
-    const float* features;      // [batch, longest, hidden], the target's, one position before each token
-    float* carry;               // [batch, count - 1, hidden], of heads at the last committed row: read, and brought up to date
+    const float* const* features;  // [batch], [counts, hidden] each, the target's, one position before each token
+    float* const* carry;        // [batch], [count - 1, hidden] each, of heads at the last committed row: read, and brought up to date
     const float* temperatures;  // [batch], 0: greedy
     const float* const* noise;  // [batch, depth], of the tokens of a position; null: none
     const Linear* const* further;  // [batch], rows of the LM head for tokens that this sequence may draft besides; null: none

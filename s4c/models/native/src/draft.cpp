@@ -126,7 +126,7 @@ class Drafting {
     }
 
     float* carry(int b, int head) const {
-        return round_.carry + (static_cast<size_t>(b) * static_cast<size_t>(heads_.count - 1) + static_cast<size_t>(head)) * hidden_;
+        return round_.carry[b] + static_cast<size_t>(head) * hidden_;
     }
 
     const float* row_of(int head, int b, int row) const {
@@ -135,9 +135,9 @@ class Drafting {
     }
 
     // What a head reads beside the embedding of a row: the target's feature one position before it, or what the head
-    // before it (past the last head: itself) gave there.
+    // before it (past the last head: itself) gave there. Padding reads what the root reads.
     const float* input(int head, int b, int row, bool again) const {
-        if (!head && !again) return round_.features + (static_cast<size_t>(b) * static_cast<size_t>(round_.longest) + static_cast<size_t>(row)) * hidden_;
+        if (!head && !again) return round_.features[b] + static_cast<size_t>(std::min(row, round_.counts[b] - 1)) * hidden_;
         int before = again ? head : head - 1, parent = static_cast<int>(parents_[static_cast<size_t>(b)][static_cast<size_t>(row)]);
         return parent < 0 ? carry(b, before) : row_of(before, b, parent);
     }
