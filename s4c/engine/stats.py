@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 STEPS = ("draft", "verify", "judge", "commit", "schedule")
@@ -69,16 +67,19 @@ class Stats:
 
 
 class StepTimer:
-    """Wall seconds of the steps of one round."""
+    """Wall seconds of the steps of one round, one after the other."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STEPS, 0.0)
+        self._step, self._started = "", 0.0
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def step(self, name: str) -> StepTimer:
         """Add the time of a block to a step."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+        self._step = name
+        return self
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self._step] += time.perf_counter() - self._started
