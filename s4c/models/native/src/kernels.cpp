@@ -276,7 +276,8 @@ inline void tile_registers(const char* w, size_t block, int steps, const char* x
 
 #endif
 
-enum class Into { SET, ADD, SWIGLU };
+// What becomes of a product. What is long, the MLP's (SWIGLU) and what leaves the core (OUT), goes past the caches.
+enum class Into { SET, ADD, SWIGLU, OUT };
 
 inline vf silu(vf x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
 
@@ -304,8 +305,8 @@ inline void finish(const Linear& linear, const float* sums, int row, int first_b
         float* at = y + (first_block + b) * BLOCK;
         int left = linear.outputs - (first_block + b) * BLOCK;
         if (left >= BLOCK) {
-            if (into == Into::ADD) store(at, add(load(at), output(b)));
-            else stream(at, output(b));
+            if (into == Into::OUT) stream(at, output(b));
+            else store(at, into == Into::ADD ? add(load(at), output(b)) : output(b));
             continue;
         }
         float last[BLOCK];
@@ -893,7 +894,7 @@ void pass(const Stack& stack, const Cache& cache, const Rows& rows, const float*
 void linear(const Linear& layer, const float* x, size_t stride, int count, Scratch& s, float* out, Team team) {
     Tiles tiles;
     prepare(layer, x, stride, count, s, team);
-    product(layer, count, s, Into::SET, out, static_cast<size_t>(layer.outputs), team);
+    product(layer, count, s, Into::OUT, out, static_cast<size_t>(layer.outputs), team);
 }
 
 // The k highest numbers of a row in descending order, of equals the first, and the log of the sum of all exponentials.
