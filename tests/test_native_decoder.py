@@ -39,3 +39,14 @@ def test_a_whole_pass_is_its_parts(
         output = NativeDecoder(embedding, stack, head).verify(tree, taps)
         assert torch.equal(output.features, features)
         assert torch.equal(output.logits, head(features[..., : SMALL.hidden]))
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
+    stack = stack_of(SMALL, torch.float32)
+    assert isinstance(stack, NativeStack)
+    stack.reserve(1, 16)
+    weight = random(VOCABULARY, SMALL.hidden)
+    decoder = NativeDecoder(weight, stack, NativeLinear(weight, None, torch.float32))
+    with pytest.raises(IndexError, match="the vocabulary has 50"):
+        decoder.verify(ListedTree([([1, token], [-1, 0], [False, True], [])], CPU), ())

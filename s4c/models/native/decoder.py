@@ -38,7 +38,11 @@ class NativeDecoder:
         self._c = CDecoder(*places, c_embedding(embedding))
 
     def verify(self, tree: DraftTree, taps: Sequence[int]) -> TargetOutput:
-        """See `Target.verify`."""
+        """See `Target.verify`.
+
+        Raises:
+            IndexError: a drafter guessed a token that is not in the vocabulary.
+        """
         tokens, parents = tree.tokens.contiguous(), tree.parents.contiguous()
         batch, count = tokens.shape
         lengths = self._stack.lengths[:batch]
@@ -57,5 +61,10 @@ class NativeDecoder:
             features.data_ptr(),
             logits.data_ptr(),
         )
+        if status == -2:
+            raise IndexError(
+                f"a draft tree holds tokens from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has "
+                f"{self._outputs}, from 0 on"
+            )
         library.check(status)
         return TargetOutput(logits, features)

@@ -329,6 +329,8 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
 
 int s4c_verify(const Decoder* decoder, const int64_t* tokens, int batch, int count, const int32_t* lengths, const int64_t* parents,
                const int32_t* taps, int tap_count, float* features, float* logits) {
+    auto outside = [&](int64_t token) { return token < 0 || token >= decoder->lm_head->outputs; };
+    if (std::any_of(tokens, tokens + batch * count, outside)) return -2;
     return guarded([&](Core& c) {
         Rows rows = read_rows(c, batch, count, 0, 0, lengths, parents);
         Scratch s = scratch_of(c, *decoder->stack, *decoder->cache, rows.count, nullptr, taps, tap_count, input_bytes(*decoder->lm_head));

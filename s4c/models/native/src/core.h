@@ -247,7 +247,7 @@ int s4c_pass(const Stack* stack, const Cache* cache, const float* x, float* out,
              int tap_count);
 
 // A whole pass over tokens [batch, count]: features [batch * count, (1 + tap_count) * hidden] and logits [batch * count, outputs of
-// the LM head]. The rest as for s4c_pass, in the first slots, with nothing pending.
+// the LM head]. The rest as for s4c_pass, in the first slots, with nothing pending. -2 where a token is none of the LM head's.
 int s4c_verify(const Decoder* decoder, const int64_t* tokens, int batch, int count, const int32_t* lengths, const int64_t* parents,
                const int32_t* taps, int tap_count, float* features, float* logits);
 
