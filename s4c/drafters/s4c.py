@@ -383,7 +383,7 @@ class S4CDrafter(Drafter):
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
-        before = self._read(features)
+        before = self._blend(features)
         state = _Slot([], _Features(features), before.new_zeros(len(self._stacks) - 1, before.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK]
@@ -411,7 +411,7 @@ class S4CDrafter(Drafter):
         for memory in self._memories():
             for slot, tokens in enumerate(unread):
                 memory.add(slot, tokens)
-        inputs = [self._read(state.features.last(len(state.tokens))) for state in states]
+        inputs = [self._blend(state.features.last(len(state.tokens))) for state in states]
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
@@ -469,11 +469,6 @@ class S4CDrafter(Drafter):
         self._slots[destination] = self._slots.pop(source)
         for memory in self._memories():
             memory.move(source, destination)
-
-    def _read(self, features: Tensor) -> Tensor:
-        """[..., d] of the target's features [..., d (1 + taps)]: what head 1 reads."""
-        read: Tensor = self._blend(features) if self.taps else features
-        return read
 
     def _inputs(self, rows: Rows, outputs: list[Tensor], features: Tensor, carry: Tensor) -> Tensor:
         """[B, R, d]: what the next head reads beside the embeddings, one position before each row.

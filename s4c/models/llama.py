@@ -165,7 +165,9 @@ class LlamaTarget(Target):
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
         self._native: NativeDecoder | None = None
-        if isinstance(self._stack, NativeStack) and isinstance(self.head.packed, NativeLinear):
+        if native:
+            assert isinstance(self._stack, NativeStack)
+            assert isinstance(self.head.packed, NativeLinear)
             self._native = NativeDecoder(self._embedding, self._stack, self.head.packed)
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
