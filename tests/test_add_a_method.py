@@ -36,7 +36,7 @@ def test_it_drafts_what_followed_last_time(method: Any) -> None:
     drafter = method.create(None, "")
     drafter.prefill(0, torch.tensor([1, 2, 3, 9, 2, 4, 5]), torch.zeros(7, 8))
     line = [1, 2, 3, 9, 2, 4, 5, 2]
-    sequences = Sequences([line], torch.tensor([2]), torch.tensor([7]), None, False, TreePlan.parse("chain:4"))  # type: ignore[arg-type]
+    sequences = Sequences([line], None, False, TreePlan.parse("chain:4"))  # type: ignore[arg-type]
     assert drafter.propose(sequences).tokens.tolist() == [[2, 4, 5]]
 
 

@@ -34,7 +34,7 @@ def texts(tree: DraftTree, row: int) -> Iterator[tuple[int, ...]]:
 @given(st.lists(st.tuples(PATHS, PATHS), min_size=1, max_size=3))
 @settings(deadline=None)
 def test_merged_trees_hold_what_either_holds(pairs: list[tuple[list[list[int]], list[list[int]]]]) -> None:
-    roots = torch.arange(len(pairs))
+    roots = range(len(pairs))
     first = from_paths(roots, [a for a, _ in pairs], 32)
     second = from_paths(roots, [b for _, b in pairs], 32)
     whole = merge(first, second)
@@ -58,7 +58,7 @@ class Fixed(Drafter):
 
     def propose(self, sequences: Sequences) -> DraftTree:
         self.plans.append(sequences.plan)
-        paths = [[self.tokens]] * sequences.roots.shape[0]
+        paths = [[self.tokens]] * len(sequences.roots)
         return from_paths(sequences.roots, paths, sequences.plan.nodes) if self.tokens else root_only(sequences.roots)
 
 
@@ -81,7 +81,7 @@ def test_the_best_of_both_is_accepted(target: str, temperature: float) -> None:
 
 
 def believed(paths: list[list[list[int]]], chances: list[list[float]]) -> DraftTree:
-    return from_paths(torch.arange(len(paths)), paths, 32, chances)
+    return from_paths(range(len(paths)), paths, 32, chances)
 
 
 def test_of_a_best_tree_the_nodes_stay_that_either_believes_most() -> None:
@@ -120,7 +120,7 @@ def test_nothing_is_added_to_a_sampled_tree(target: str) -> None:
             return DraftTree(tree.tokens, tree.parents, tree.candidate, torch.ones(1, dtype=torch.bool))
 
     drafter = CombinedDrafter(Sampled([1]), Fixed([2, 3]))
-    sequences = Sequences([[5, 6]], torch.tensor([6]), torch.tensor([1]), None, True, TreePlan.parse("chain:3"))  # type: ignore[arg-type]
+    sequences = Sequences([[5, 6]], None, True, TreePlan.parse("chain:3"))  # type: ignore[arg-type]
     assert drafter.propose(sequences).tokens.tolist() == [[6, 1]]
 
 
@@ -155,7 +155,7 @@ def test_each_drafter_is_given_the_layers_that_it_taps(first: tuple[int, ...], s
     combined = CombinedDrafter(*parts)
     assert combined.taps == tuple(sorted({*first, *second}))
     features = torch.tensor([0, *combined.taps]).float().repeat_interleave(3)[None]
-    tree = root_only(torch.tensor([1]))
+    tree = root_only([1])
     combined.prefill(0, torch.tensor([1]), features)
     combined.commit(tree, rooted(tree), TargetOutput(torch.zeros(1, 1, 4), features[None]))
     for part in parts:

@@ -129,7 +129,7 @@ def test_no_context_makes_a_pass_free() -> None:
 
 
 def test_trees_are_smaller_behind_a_long_context() -> None:
-    tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.4, 0.2, 0.1, 0.05]])
+    tree = from_paths([7], [[[1], [2], [3], [4]]], 9, [[0.4, 0.2, 0.1, 0.05]])
     sizes = []
     for context in (CONTEXT, 10 * CONTEXT, 100 * CONTEXT):
         planner = CostPlanner(Costs({1: 1.0, 32: 1.31}, dict.fromkeys(LEVELS, 0.0), (0.0, 0.0001)))

@@ -61,7 +61,7 @@ def greedy(target: HFTarget, prompt: list[int], count: int) -> list[int]:
     target.prefill(0, torch.tensor(prompt[:-1], dtype=torch.int64))
     written, root = [], prompt[-1]
     for _ in range(count):
-        tree = trees.root_only(torch.tensor([root]))
+        tree = trees.root_only([root])
         bonus = int(target.verify(tree).logits[0, 0].argmax())
         target.commit(verdict_of(tree, [0], bonus))
         written.append(bonus)
@@ -102,7 +102,7 @@ def test_decoding_goes_on_from_a_committed_path(pair: tuple[HFTarget, Any]) -> N
         target.commit(verdict_of(tree, path, bonus=11))
         text += tree.tokens[0, path].tolist()
         assert target.length(0) == len(text)
-        after = target.verify(trees.root_only(torch.tensor([11]))).logits[0, 0]
+        after = target.verify(trees.root_only([11])).logits[0, 0]
         assert close(after, plain_logits(oracle, [*text, 11]))
 
 
@@ -116,13 +116,13 @@ def test_features_are_what_the_head_reads(pair: tuple[HFTarget, Any]) -> None:
     cap = getattr(oracle.config, "final_logit_softcapping", None)
     assert close(raw if cap is None else cap * torch.tanh(raw / cap), logits)
     assert torch.equal(target.head_weight(torch.tensor([3, 1])), target.head_weight()[[3, 1]])
-    root = target.verify(trees.root_only(torch.tensor([4]))).features
+    root = target.verify(trees.root_only([4])).features
     assert root.shape == (1, 1, tiny_models.HIDDEN)
     with torch.no_grad():
         hidden = oracle(torch.tensor([[*PROMPT, 4]]), output_hidden_states=True).hidden_states[1][0]
     tapped = target.prefill(0, torch.tensor(PROMPT), [1])
     assert close(tapped, torch.cat([features, hidden[:-1]], -1))
-    root = target.verify(trees.root_only(torch.tensor([4])), [1]).features
+    root = target.verify(trees.root_only([4]), [1]).features
     assert close(root[0, 0, tiny_models.HIDDEN :], hidden[-1])
 
 
@@ -157,7 +157,7 @@ def test_a_prefill_in_chunks_is_the_same(llama: tuple[HFTarget, Any], monkeypatc
     monkeypatch.setattr(hf, "PREFILL_CHUNK", 7)
     assert close(target.prefill(0, prompt), whole)
     assert target.length(0) == 30
-    after = target.verify(trees.root_only(torch.tensor([50]))).logits[0, 0]
+    after = target.verify(trees.root_only([50])).logits[0, 0]
     assert close(after, plain_logits(oracle, [*prompt.tolist(), 50]))
     assert target.prefill(0, prompt[:0]).shape == (0, tiny_models.HIDDEN)
 

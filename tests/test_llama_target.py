@@ -35,11 +35,11 @@ def verdict_of(path: list[int]) -> Verdict:
 def plain(target: Any, prompt: list[int], count: int) -> list[int]:
     target.reserve(1, len(prompt) + count)
     target.prefill(0, torch.tensor(prompt[:-1]))
-    root, written = torch.tensor([prompt[-1]]), []
+    root, written = prompt[-1], []
     for _ in range(count):
-        root = target.verify(root_only(root)).logits[:, 0].argmax(-1)
+        root = int(target.verify(root_only([root])).logits[0, 0].argmax())
         target.commit(verdict_of([0]))
-        written.append(int(root))
+        written.append(root)
     return written
 
 
@@ -86,7 +86,7 @@ def test_a_node_sees_its_own_path_alone(tmp_path: Path, family: str) -> None:
             path.insert(0, tokens[above])
             above = parents[above]
         target.prefill(0, torch.tensor(PROMPT + path[:-1]))
-        alone = target.verify(root_only(torch.tensor(path[-1:]))).logits[0, 0]
+        alone = target.verify(root_only(path[-1:])).logits[0, 0]
         assert torch.allclose(logits[node], alone, atol=1e-4)
         target.prefill(0, torch.tensor(PROMPT))
 
@@ -98,9 +98,9 @@ def test_committing_a_path_is_decoding_it(tmp_path: Path) -> None:
     target.verify(tree_of([-1, 0, 0, 2, 2, 4], [7, 8, 9, 10, 11, 12]))
     target.commit(verdict_of([0, 2, 4, 5]))
     assert target.length(0) == len(PROMPT) + 4
-    after = target.verify(root_only(torch.tensor([20]))).logits
+    after = target.verify(root_only([20])).logits
     target.prefill(0, torch.tensor([*PROMPT, 7, 9, 11, 12]))
-    assert torch.allclose(after, target.verify(root_only(torch.tensor([20]))).logits, atol=1e-4)
+    assert torch.allclose(after, target.verify(root_only([20])).logits, atol=1e-4)
 
 
 def test_batched_is_single(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_room_grows_without_losing_what_is_cached(tmp_path: Path) -> None:
     target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="torch")
     target.reserve(1, 8)
     target.prefill(0, torch.tensor(PROMPT))
-    before = target.verify(root_only(torch.tensor([7]))).logits
+    before = target.verify(root_only([7])).logits
     target.reserve(3, 1000)
-    assert torch.equal(target.verify(root_only(torch.tensor([7]))).logits, before)
+    assert torch.equal(target.verify(root_only([7])).logits, before)
 
 
 def test_heads_and_embeddings_are_the_models(tmp_path: Path) -> None:

@@ -172,9 +172,7 @@ def test_sampled_children_are_draws_from_the_law_that_is_reported(llm: LLM, meth
         tokens = torch.tensor(prompt[:-1], dtype=torch.int64)
         drafter.prefill(slot, tokens, target.prefill(slot, tokens))
     scores = Scores(requests, PROMPTS[:3], [len(prompt) for prompt in PROMPTS[:3]], noise)
-    roots = torch.tensor([prompt[-1] for prompt in PROMPTS[:3]])
-    positions = torch.tensor([len(prompt) - 1 for prompt in PROMPTS[:3]])
-    drafted = drafter.propose(Sequences(PROMPTS[:3], roots, positions, scores, True, TreePlan.parse(tree)))
+    drafted = drafter.propose(Sequences(PROMPTS[:3], scores, True, TreePlan.parse(tree)))
     assert drafted.sampled.all()
     assert drafted.log_q is not None
     for row, node, children, depth in families(drafted.parents):

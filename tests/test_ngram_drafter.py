@@ -55,8 +55,7 @@ def test_what_is_found_is_what_a_slow_search_finds(
 
 
 def proposed(drafter: NgramDrafter, lines: list[list[int]], plan: str) -> DraftTree:
-    roots = torch.tensor([line[-1] for line in lines])
-    return drafter.propose(Sequences(lines, roots, roots, None, False, TreePlan.parse(plan)))  # type: ignore[arg-type]
+    return drafter.propose(Sequences(lines, None, False, TreePlan.parse(plan)))  # type: ignore[arg-type]
 
 
 def started(lines: list[list[int]]) -> NgramDrafter:

@@ -44,7 +44,7 @@ def subtrees(parents: list[int], size: int) -> Iterator[tuple[int, ...]]:
 def test_the_tree_is_the_best_of_all_subtrees(
     rows: tuple[list[list[list[int]]], list[list[float]]], steps: list[float], draft: float
 ) -> None:
-    tree = from_paths(torch.arange(len(rows[0])), rows[0], 10, rows[1])
+    tree = from_paths(range(len(rows[0])), rows[0], 10, rows[1])
     passes = {n: 1.0 + sum(steps[: n - 1]) for n in range(1, 10)}
     planner = CostPlanner(Costs(passes, dict.fromkeys(LEVELS, draft)))
     planner.plan([CONTEXT] * len(rows[0]))
@@ -62,7 +62,7 @@ def test_the_tree_is_the_best_of_all_subtrees(
 
 
 def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
-    tree = from_paths(torch.tensor([7]), [[[1], [2], [3], [4]]], 9, [[0.5, 0.25, 0.12, 0.06]])
+    tree = from_paths([7], [[[1], [2], [3], [4]]], 9, [[0.5, 0.25, 0.12, 0.06]])
     for step, size in ((0.0, 5), (0.05, 4), (0.1, 3), (0.21, 2), (0.6, 1)):
         planner = CostPlanner(Costs({n: 1 + step * (n - 1) for n in range(1, 9)}, dict.fromkeys(LEVELS, 0.0)))
         planner.plan([CONTEXT])
@@ -70,7 +70,7 @@ def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
 
 
 def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
-    guessed = from_paths(torch.tensor([7]), [[[1, 2]]], 9)
+    guessed = from_paths([7], [[[1, 2]]], 9)
     tree = DraftTree(guessed.tokens, guessed.parents, guessed.candidate, guessed.sampled)
     planner = CostPlanner(Costs({1: 1.0, 32: 100.0}, LEVELS))
     planner.plan([CONTEXT])
@@ -80,7 +80,7 @@ def test_a_tree_of_unknown_belief_is_taken_as_it_is() -> None:
 
 def test_more_nodes_than_are_planned_do_no_harm() -> None:
     """A drafter beside another one may guess more, and one that does not say what it believes is not pruned."""
-    many = from_paths(torch.tensor([7]), [[[n, *range(9)] for n in range(9)]], 99, [[0.9] * 9])
+    many = from_paths([7], [[[n, *range(9)] for n in range(9)]], 99, [[0.9] * 9])
     planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, LEVELS))
     planner.plan([CONTEXT])
     assert planner.beside(many).nodes >= 2
@@ -153,7 +153,7 @@ class Text:
         return self
 
     def round(self, right: float, beside: float | None) -> None:
-        planner, root = self.planner, torch.tensor([7])
+        planner, root = self.planner, [7]
         plan = planner.plan([CONTEXT])
         found = None
         if beside is not None:
@@ -241,7 +241,7 @@ class Probed(Text):
         planner = self.planner
         plan = planner.plan([CONTEXT])
         probing = plan.nodes > 1
-        tree = from_paths(torch.tensor([7]), [[[1] * 3, [2]] if self.drafted else []], POOL, [[0.7, 0.2]])
+        tree = from_paths([7], [[[1] * 3, [2]] if self.drafted else []], POOL, [[0.7, 0.2]])
         tree = plan.worth_checking(tree)
         assert planner.prune(tree) is tree
         ahead = 0
@@ -294,7 +294,7 @@ def test_a_round_with_probes_alone_says_nothing_of_their_drafts() -> None:
 def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:
     planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, dict.fromkeys(LEVELS, 0.0)))
     Text(planner).run(1500, 0.35)
-    tree = from_paths(torch.tensor([7]), [[[1, 1], [2]]], 9, [[0.7, 0.2]])
+    tree = from_paths([7], [[[1, 1], [2]]], 9, [[0.7, 0.2]])
     chances = planner.acceptance.read(tree)[0].chances
     assert chances[1] == pytest.approx(0.35, abs=0.08)
     assert chances[2] == pytest.approx(0.35**2, abs=0.06)
@@ -303,7 +303,7 @@ def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:
 
 def test_what_two_drafters_guess_alike_is_counted_apart() -> None:
     planner = CostPlanner(Costs(FLAT, LEVELS))
-    roots = torch.tensor([7])
+    roots = [7]
     both = merge(from_paths(roots, [[[1], [2]]], 9), from_paths(roots, [[[1], [3]]], 9))
     assert [cell[0] for cell in planner.acceptance.read(both)[0].cells[1:]] == [3, 2, 1]
     found = from_paths(roots, [[[1]]], 9)

@@ -83,7 +83,7 @@ def test_positions_follow_the_committed_text() -> None:
     )
     scores = scores_of([SamplingParams()] * 2, [[1, 2, 3], [1]], [1, 1], 4)
     assert scores.positions_after(tree).tolist() == [[3, 4, 5], [1, 2, 2]]
-    assert scores.positions_after(root_only(torch.tensor([0, 0]))).tolist() == [[3], [1]]
+    assert scores.positions_after(root_only([0, 0])).tolist() == [[3], [1]]
 
 
 def random_tree(texts: list[list[int]], size: int, vocab: int, rng: random.Random) -> DraftTree:
@@ -347,11 +347,11 @@ def test_rejection_with_seeded_chance_has_the_law(request_: SamplingParams, chil
 
     def draft(texts: list[list[int]], scores: Scores) -> DraftTree:
         if children == "none":
-            return root_only(torch.tensor([text[-1] for text in texts]))
+            return root_only([text[-1] for text in texts])
         if children == "sampled":
             return drafted(texts, scores, TreePlan.parse("comb:2x2"), q)
         top = q(PROMPT).argsort(descending=True).tolist()
-        return from_paths(torch.tensor([text[-1] for text in texts]), [[[token] for token in top]] * seeds, 4)
+        return from_paths([text[-1] for text in texts], [[[token] for token in top]] * seeds, 4)
 
     requests = [replace(request_, seed=seed) for seed in range(seeds)]
     outputs, _ = speculate(rejection, [p] * seeds, requests, [PROMPT] * seeds, 2, draft, 4)

@@ -59,10 +59,7 @@ class Run:
     def propose(self, temperature: float = 0.0) -> Any:
         params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(len(self.tokens))]
         scores = Scores(params, self.tokens, self.lengths, self.noise)
-        roots = torch.tensor([line[-1] for line in self.tokens])
-        positions = torch.tensor([len(line) - 1 for line in self.tokens])
-        sequences = Sequences(self.tokens, roots, positions, scores, False, self.plan)
-        return scores, self.drafter.propose(sequences)
+        return scores, self.drafter.propose(Sequences(self.tokens, scores, False, self.plan))
 
     def finish(self, scores: Any, tree: Any) -> list[int]:
         output = self.target.verify(tree, self.drafter.taps)

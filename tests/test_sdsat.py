@@ -116,7 +116,7 @@ def test_low_rank_terms_act_on_every_product(llm: LLM) -> None:
     model = model_of(llm.target)
     llm.target.reserve(1, 64)
     llm.target.prefill(0, torch.tensor(REQUESTS[0][:-1]))
-    probed = hang(root_only(torch.tensor(REQUESTS[0][-1:])), torch.tensor([[0]]), VOCAB, SIZE)
+    probed = hang(root_only(REQUESTS[0][-1:]), torch.tensor([[0]]), VOCAB, SIZE)
 
     def said(*names: str) -> torch.Tensor:
         adapter = model.adapter()
@@ -141,9 +141,9 @@ def test_native_probes_know_no_neighbours_and_are_those_of_torch(tmp_path: Path,
     target = load_target(directory, runtime="native", dtype=dtype)
     adapter = model_of(target).adapter()
     text = torch.tensor(REQUESTS[0])
-    tree = from_paths(text[-1:], [[[5, 6], [5, 7], [8]]], 9)
+    tree = from_paths(REQUESTS[0][-1:], [[[5, 6], [5, 7], [8]]], 9)
     whole = hang(tree, torch.tensor([[0, 2, 4]]), VOCAB, SIZE)
-    alone = hang(root_only(text[-1:]), torch.tensor([[0]]), VOCAB, SIZE)
+    alone = hang(root_only(REQUESTS[0][-1:]), torch.tensor([[0]]), VOCAB, SIZE)
 
     def said(target: Any, tree: DraftTree) -> torch.Tensor:
         target.adapt(adapter)
@@ -264,7 +264,7 @@ def test_sequences_of_a_batch_may_be_in_different_steps(target: Any) -> None:
 
 
 def test_probes_hang_in_chains_and_padding_stands_for_none() -> None:
-    tree = from_paths(torch.tensor([9, 8]), [[[1, 2]], [[3]]], 9)
+    tree = from_paths([9, 8], [[[1, 2]], [[3]]], 9)
     probed = hang(tree, torch.tensor([[2, 0], [1, -1]]), 10, 2)
     assert probed.tokens.tolist() == [[9, 1, 2, 10, 11, 10, 11], [8, 3, 0, 10, 11, 0, 0]]
     assert probed.parents.tolist() == [[-1, 0, 1, 2, 3, 0, 5], [-1, 0, 0, 1, 3, 0, 0]]
@@ -273,7 +273,7 @@ def test_probes_hang_in_chains_and_padding_stands_for_none() -> None:
 
 
 def test_the_nodes_that_carry_probes_are_the_likely_ends() -> None:
-    tree = from_paths(torch.tensor([9]), [[[1, 2], [3]]], 9)
+    tree = from_paths([9], [[[1, 2], [3]]], 9)
     tree.belief = torch.tensor([[[1.0, 0.5, 0.4, 0.3]]]).log()
     assert torch.allclose(ends(tree), torch.tensor([[0.2, 0.1, 0.4, 0.3]]))
 
@@ -380,7 +380,7 @@ def test_the_law_by_enumeration(request_: SamplingParams, form: str, sampled: bo
     def trees(text: Text) -> Iterator[tuple[float, DraftTree]]:
         below = torch.tensor([[0, 1, 2]])
         if not fused and len(text) % 2:
-            yield 1.0, hang(root_only(torch.tensor(text[-1:])), below[:, :1], vocab, 2)
+            yield 1.0, hang(root_only(text[-1:]), below[:, :1], vocab, 2)
             return
         law_of = marginals(text, 4, vocab)
         drafts = sampled_trees(plan, law_of)(text) if sampled else [(1.0, deterministic_tree(plan, law_of, text))]

@@ -41,7 +41,7 @@ class KnowsTheRecord(Drafter):
         for slot, tokens in enumerate(sequences.tokens):
             row, _ = self.slots[slot]
             assert tokens == list(row.tokens[: len(tokens)])
-            assert (int(sequences.roots[slot]), int(sequences.positions[slot])) == (tokens[-1], len(tokens) - 1)
+            assert (sequences.roots[slot], int(sequences.positions[slot])) == (tokens[-1], len(tokens) - 1)
             assert self.seen[slot] == len(tokens) - 1
             coming = [*row.tokens[len(tokens) :], 0, 0, 0, 0][: self.right + 1]
             wrong = [(coming[0] + 1) % VOCAB]

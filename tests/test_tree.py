@@ -263,7 +263,7 @@ def test_trees_of_a_batch_grow_apart() -> None:
 
 
 def test_from_paths_merges_shared_beginnings_and_pads() -> None:
-    tree = from_paths(torch.tensor([7, 8]), [[[1, 2, 3], [1, 4], [5]], [[6]]], budget=10)
+    tree = from_paths([7, 8], [[[1, 2, 3], [1, 4], [5]], [[6]]], budget=10)
     assert tree.tokens.tolist() == [[7, 1, 2, 3, 4, 5], [8, 6, 0, 0, 0, 0]]
     assert tree.parents.tolist() == [[-1, 0, 1, 2, 1, 0], [-1, 0, 0, 0, 0, 0]]
     assert tree.candidate.tolist() == [[False] + [True] * 5, [False, True] + [False] * 4]
@@ -276,7 +276,7 @@ def test_from_paths_merges_shared_beginnings_and_pads() -> None:
 )
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_from_paths_holds_the_first_distinct_beginnings(paths: list[list[list[int]]], budget: int) -> None:
-    tree = from_paths(torch.full((len(paths),), 9), paths, budget)
+    tree = from_paths([9] * len(paths), paths, budget)
     check_contract(tree)
     for row, continuations in enumerate(paths):
         prefixes = [tuple(path[:end]) for path in continuations for end in range(1, len(path) + 1)]
@@ -286,7 +286,7 @@ def test_from_paths_holds_the_first_distinct_beginnings(paths: list[list[list[in
 
 
 def test_root_only() -> None:
-    tree = root_only(torch.tensor([4, 5]))
+    tree = root_only([4, 5])
     assert tree.tokens.tolist() == [[4], [5]]
     check_contract(tree)
 
@@ -316,7 +316,7 @@ def test_beliefs_are_the_log_probabilities_of_paths() -> None:
     tree = builder.finish()
     assert tree.belief is not None
     assert tree.belief.exp().tolist() == [[pytest.approx([1.0, 0.9, 0.72])]]
-    looked_up = from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], 9, [[0.5, 0.1]])
+    looked_up = from_paths([7], [[[1, 2], [1, 3]]], 9, [[0.5, 0.1]])
     assert looked_up.belief is not None
     assert looked_up.belief.exp().tolist() == [[pytest.approx([1.0, 0.5, 0.25, 0.05])]], "shared nodes keep the first's"
 
@@ -341,7 +341,7 @@ def test_one_row_for_all_nodes_is_a_row_for_each(plan: str) -> None:
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_merged_beliefs_say_who_guessed_what(one: list[list[list[int]]], other: list[list[list[int]]]) -> None:
-    roots = torch.tensor([7, 8])
+    roots = [7, 8]
     first, second = from_paths(roots, one, 32), from_paths(roots, other, 32)
     whole = merge(first, second)
     assert whole.belief is not None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 from test_rules import random_tree
 from typer.testing import CliRunner
 from verify_oracles import (
@@ -65,7 +64,7 @@ def test_the_longest_path_of_typical_tokens_stands(seed: int) -> None:
     request = replace(random_request(rng, VOCAB, temperature=rng.choice([0.7, 1.5])), bad_words=(), logit_bias={})
     text: Text = (1, 2)
     tree = random_tree([list(text)], 9, VOCAB, rng)
-    tree = from_paths(tree.tokens[:, 0], [[[rng.randrange(VOCAB) for _ in range(3)] for _ in range(4)]], 12)
+    tree = from_paths(tree.tokens[:, 0].tolist(), [[[rng.randrange(VOCAB) for _ in range(3)] for _ in range(4)]], 12)
     expected = slow(tree, text, request, seed)
     verdict = typical(
         tree, output_of(tree, [text], [tiny_model(seed, VOCAB)]), scores_of([request], [text], [1], VOCAB)
@@ -118,7 +117,7 @@ def test_its_law_is_another_and_it_accepts_more() -> None:
     likely = int(model((0,)).argmax())
     accepted = {}
     for name in ("typical", "coupled"):
-        tree = from_paths(torch.zeros(seeds, dtype=torch.int64), [[[likely]]] * seeds, 2)
+        tree = from_paths([0] * seeds, [[[likely]]] * seeds, 2)
         output = output_of(tree, [(0,)] * seeds, [model] * seeds)
         verdict = any_rule(name)(tree, output, scores_of(requests, [(0,)] * seeds, [1] * seeds, 4))
         accepted[name] = int(verdict.accepted.sum())

@@ -123,9 +123,9 @@ class TinyDrafter(Drafter):
         self.last[slot] = features[-1] if len(features) else torch.zeros(HIDDEN)
 
     def propose(self, sequences: Sequences) -> DraftTree:
-        builder = sequences.plan.deepened(self.model.config.heads).grow(sequences.roots)
+        builder = sequences.plan.deepened(self.model.config.heads).grow(sequences.root_tokens)
         feature = torch.stack([self.last[slot] for slot in range(len(sequences.tokens))])
-        outputs = self.model.outputs(feature, sequences.roots)
+        outputs = self.model.outputs(feature, sequences.root_tokens)
         while builder.open:
             law = self.model.logits(outputs[builder.level]).log_softmax(-1)
             builder.extend(law[:, None].expand(-1, builder.frontier.shape[1], -1), self.model.token_ids)

@@ -168,7 +168,7 @@ def case_of_odd_rows(columns: int) -> Case:
     cooled = torch.stack(
         [row if g is None else row / t + g for row, t, g in zip(logits, temperatures, noise, strict=True)]
     )
-    verdict = follow(tree := root_only(torch.zeros(9, dtype=torch.int64)), choose(cooled, None))
+    verdict = follow(tree := root_only([0] * 9), choose(cooled, None))
     assert verdict.tokens[1:4, 0].tolist() == [ALL_EXCLUDED, NOT_FINITE, NOT_FINITE]
     return Case(tree, logits, temperatures, noise, verdict)
 

@@ -54,7 +54,7 @@ class Judge:
         target, line = self.target, prompt + written
         target.reserve(1, len(line) + 1)
         target.prefill(0, torch.tensor(line[:-1], dtype=torch.int64, device=target.device))
-        logits = target.verify(root_only(torch.tensor(line[-1:], device=target.device))).logits
+        logits = target.verify(root_only(line[-1:], target.device)).logits
         table = NoiseTable(target.spec.vocab_size, target.device, noise_kernel(target.device))
         scores = Scores([params], [line], [len(prompt)], table)
         processed = scores.process(logits)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from s4c.models.base import Target
 from s4c.models.layers import packs
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.noise import DRAFT_STREAM, TARGET_STREAM
+from s4c.verify.noise import CPU, DRAFT_STREAM, TARGET_STREAM
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
 
@@ -33,21 +34,34 @@ class Sequences:
 
     Attributes:
         tokens: B lists of the committed tokens, prompt and output; the last one is the root.
-        roots: [B] int64, the last committed tokens.
-        positions: [B] int64, their positions (= the number of tokens that the target has cached).
         scores: the processors and the noise of the requests.
         sampled: whether children are to be drawn from the drafter's law with noise of their own (the
             rejection rule) and not with the target's noise (the coupled rule). Requests at temperature 0
             take the most probable children either way.
         plan: shape and size of the tree.
+        device: of the tensors, which are made when they are first asked for.
     """
 
     tokens: list[list[int]]
-    roots: Tensor
-    positions: Tensor
     scores: Scores
     sampled: bool
     plan: TreePlan
+    device: torch.device = CPU
+
+    @property
+    def roots(self) -> list[int]:
+        """The last committed tokens."""
+        return [line[-1] for line in self.tokens]
+
+    @cached_property
+    def root_tokens(self) -> Tensor:
+        """[B] int64, the same."""
+        return torch.tensor(self.roots, device=self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B] int64, where they stand (= the number of tokens that the target has cached)."""
+        return torch.tensor([len(line) - 1 for line in self.tokens], device=self.device)
 
 
 class Drafter(ABC):
@@ -286,7 +300,7 @@ def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:
     if not sequences.sampled or builder.plan.kind == "best":
         return builder.finish()
     temperatures = [request.temperature for request in sequences.scores.params]
-    return builder.finish(torch.tensor(temperatures, device=sequences.roots.device) > 0)
+    return builder.finish(torch.tensor(temperatures, device=sequences.device) > 0)
 
 
 class NoDrafter(Drafter):
@@ -296,4 +310,4 @@ class NoDrafter(Drafter):
     default_tree = "chain:1"
 
     def propose(self, sequences: Sequences) -> DraftTree:
-        return root_only(sequences.roots)
+        return root_only(sequences.roots, sequences.device)

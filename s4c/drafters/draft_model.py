@@ -230,14 +230,14 @@ class DraftModelDrafter(Drafter):
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
-        plan, roots = sequences.plan.deepened(self._depth), sequences.roots.tolist()
+        plan, roots = sequences.plan.deepened(self._depth), sequences.roots
         if plan.nodes < 2:  # the model reads what is committed when it is asked again
             self._rows = None
             for slot, root in enumerate(roots):
                 self._unread[slot] = [*self._unread[slot], root]
-            return root_only(sequences.roots)
-        rows = Rows.of([[*self._unread[slot], root] for slot, root in enumerate(roots)], sequences.roots.device)
-        builder = plan.grow(sequences.roots, self._select)
+            return root_only(sequences.roots, sequences.device)
+        rows = Rows.of([[*self._unread[slot], root] for slot, root in enumerate(roots)], sequences.device)
+        builder = plan.grow(sequences.root_tokens, self._select)
         hidden = self._stack.run(self._embedding[rows.tokens], rows.parents)
         hidden = hidden.gather(1, rows.frontier[..., None].expand(-1, -1, hidden.shape[-1]))
         extend(sequences, builder, self._head(hidden).float(), self._token_ids)

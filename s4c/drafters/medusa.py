@@ -167,8 +167,8 @@ class MedusaDrafter(Drafter):
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         if sequences.plan.nodes == 1:
-            return root_only(sequences.roots)
-        builder = sequences.plan.deepened(len(self._heads)).grow(sequences.roots, self._select)
+            return root_only(sequences.roots, sequences.device)
+        builder = sequences.plan.deepened(len(self._heads)).grow(sequences.root_tokens, self._select)
         feature = torch.stack([self._features[slot] for slot in range(len(sequences.tokens))])[:, None]
         while builder.open and builder.level < len(self._heads):
             head = self._heads[builder.level]

@@ -112,7 +112,7 @@ class NgramDrafter(Drafter):
             found = continuations(text, self._corpus, plan.depth, branches)
             paths.append([path for path, _ in found])
             chances.append([(1 - 0.5 ** (length - 1)) / (1 + rank) for rank, (_, length) in enumerate(found)])
-        return from_paths(sequences.roots, paths, plan.nodes, chances)
+        return from_paths(sequences.roots, paths, plan.nodes, chances, sequences.device)
 
     def move(self, source: int, destination: int) -> None:
         self._texts[destination] = self._texts.pop(source)

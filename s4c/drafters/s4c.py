@@ -24,6 +24,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,10 @@ from s4c.drafters.echo import Echo
 from s4c.drafters.rows import Rows
 from s4c.drafters.vocabulary import ContextVocabulary
 from s4c.models.base import Target
+from s4c.models.growing import GrowingRows
 from s4c.models.layers import DecoderLayer, Join, LayerShape, Linear, RMSNorm, Rotary, grouped_mask, pack
 from s4c.models.native.draft import NativeDraft
+from s4c.models.native.growing import NativeGrowingRows
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
@@ -55,6 +58,8 @@ from s4c.verify.tree import TreePlan, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
 PREFILL_CHUNK = 512
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -274,46 +279,19 @@ def _initialise(head: S4CHead, final_norm: Tensor | None) -> None:
             head.norm.weight.fill_(float(final_norm.float().square().mean().sqrt()))
 
 
-class _Features:
-    """Rows [n, d (1 + taps)] float32 that grow in place: the target's features, one position before each token.
-
-    Args:
-        rows: the first ones.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self._count = 0
-        self._rows = rows.new_empty(0, rows.shape[1], dtype=torch.float32)
-        self.append(rows)
-
-    def append(self, rows: Tensor) -> None:
-        """More of them, which are copied."""
-        end = self._count + len(rows)
-        if end > len(self._rows):
-            self._rows = torch.cat([self._rows[: self._count], self._rows.new_empty(2 * end, self._rows.shape[1])])
-        self._rows[self._count : end] = rows
-        self._count = end
-
-    def last(self, count: int) -> Tensor:
-        """The last `count` of them, a view."""
-        return self._rows[self._count - count : self._count]
-
-    def __len__(self) -> int:
-        return self._count
-
-
 @dataclass
 class _Slot:
     """What is known of a sequence.
 
     Attributes:
         tokens: accepted since the heads last ran; the root follows them, and only the next round names it.
-        features: of all tokens that the heads may have to take in anew, and of the root.
+        features: what head 1 reads, one position before each token that the heads may have to take in anew, and before
+            the root.
         carry: [H - 1, d], the outputs of heads 1 .. H - 1 at the last position in their caches.
     """
 
     tokens: list[int]
-    features: _Features
+    features: GrowingRows
     carry: Tensor
 
 
@@ -337,13 +315,14 @@ class S4CDrafter(Drafter):
         self.token_ids = model.token_ids.to(self.device)
         self._embedding = target.embedding_weight()
         self.taps = model.taps
-        self._blend = copy.deepcopy(model.blend).to(self.device).eval() if self.taps else nn.Identity()
-        self.lm_head = model.lm_head().to(self.device)
+        self._blend = _frozen(model.blend, self.device) if self.taps else nn.Identity()
+        self.lm_head = model.lm_head().to(self.device).requires_grad_(False)
         native = target.runtime == "native"
+        self._rows = NativeGrowingRows if native else GrowingRows
         rope = Rope(model.frequencies(self.device))
         self._stacks: list[Stack] = []
         for trained in model.each_head():
-            head = copy.deepcopy(trained).to(self.device).eval()
+            head = _frozen(trained, self.device)
             stack = stack_class(native)(
                 len(head.layers), model.shape, rope, dtype, self.device, head.norm, head.entrance()
             )
@@ -367,7 +346,7 @@ class S4CDrafter(Drafter):
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._take_in(slot, tokens.to(self.device), F.pad(features.float(), (0, 0, 1, 0)))
+        self._take_in(slot, tokens.to(self.device), self._blend(F.pad(features.float(), (0, 0, 1, 0))))
         for memory in self._memories():
             memory.start(slot, tokens.tolist())
 
@@ -375,26 +354,28 @@ class S4CDrafter(Drafter):
         """What is kept of the text of each slot beside the caches of the heads."""
         return [memory for memory in (self._context, self._echo) if memory is not None]
 
+    @torch.no_grad()
     def _take_in(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        """Fill the caches of a slot with the last `window` of tokens [n]; features [n + 1] lie one position before them
-        and the root."""
+        """Fill the caches of a slot with the last `window` of tokens [n].
+
+        Args:
+            features: [n + 1, d], what head 1 reads one position before each of them and before the root.
+        """
         window = self.config.window
         tokens, features = tokens[-window:], features[-window - 1 :]
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
             stack.lengths[slot] = 0
-        before = self._blend(features)
-        state = _Slot([], _Features(features), before.new_zeros(len(self._stacks) - 1, before.shape[1]))
+        state = _Slot([], self._rows(features), features.new_zeros(len(self._stacks) - 1, features.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK]
             rows = Rows(chunk, [chunk.shape[1]])
-            inputs = before[None, start : start + chunk.shape[1]]
+            inputs = features[None, start : start + chunk.shape[1]]
             outputs = self._run_remaining([], rows, inputs, state.carry[None], slot)
             (state.carry,) = self._carry(rows, outputs)
             self._settle([state], rows.counts, slot)
         self._slots[slot] = state
 
-    @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         plan = sequences.plan.deepened(self.default_depth)
         for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
@@ -406,30 +387,30 @@ class S4CDrafter(Drafter):
         for state, line in zip(states, sequences.tokens, strict=True):
             state.tokens.append(line[-1])
         if plan.nodes < 2:  # the heads take in what is committed when they are asked again
-            return root_only(sequences.roots)
+            return root_only(sequences.roots, sequences.device)
         unread = [state.tokens for state in states]
         for memory in self._memories():
             for slot, tokens in enumerate(unread):
                 memory.add(slot, tokens)
-        inputs = [self._blend(state.features.last(len(state.tokens))) for state in states]
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
             texts = self._echo.kernels(len(states)) if self._echo else None
+            inputs = [state.features for state in states if isinstance(state.features, NativeGrowingRows)]
             carry = [state.carry for state in states]
             tree = self._native.grow(plan, unread, inputs, carry, temperatures, noise, further, texts)
         else:
-            tree = self._grow(sequences, plan, Rows.of(unread, self.device), states, inputs)
+            tree = self._grow(sequences, plan, Rows.of(unread, self.device), states)
         self._settle(states, [len(line) for line in unread], 0)
         return tree
 
-    def _grow(
-        self, sequences: Sequences, plan: TreePlan, rows: Rows, states: Sequence[_Slot], lines: Sequence[Tensor]
-    ) -> DraftTree:
+    @torch.no_grad()
+    def _grow(self, sequences: Sequences, plan: TreePlan, rows: Rows, states: Sequence[_Slot]) -> DraftTree:
         """The tree of a round, level by level; what `NativeDraft.grow` is tested against."""
-        features, carry = pad_sequence(list(lines), batch_first=True), torch.stack([state.carry for state in states])
-        builder = plan.grow(sequences.roots, self._select)
+        lines = [state.features.last(len(state.tokens)) for state in states]
+        features, carry = pad_sequence(lines, batch_first=True), torch.stack([state.carry for state in states])
+        builder = plan.grow(sequences.root_tokens, self._select)
         outputs: list[Tensor] = []
         while builder.open:
             if builder.level:
@@ -460,8 +441,10 @@ class S4CDrafter(Drafter):
         for slot, (path, tokens) in enumerate(verdict.lines):
             state = self._slots[slot]
             state.tokens += tokens[:-1]
-            straight = path[-1] == len(path) - 1
-            state.features.append(output.features[slot, : len(path)] if straight else output.features[slot, path])
+            if self.taps:
+                state.features.append(self._blend(output.features[slot, path]))
+            else:
+                state.features.take(output.features, slot, path)
 
     def move(self, source: int, destination: int) -> None:
         for stack in self._stacks:
@@ -506,6 +489,11 @@ class S4CDrafter(Drafter):
             for stack in self._stacks:
                 stack.keep(first_slot + offset, list(range(count)))
             state.tokens = []
+
+
+def _frozen(part: Part, device: torch.device) -> Part:
+    """A copy for inference."""
+    return copy.deepcopy(part).to(device).eval().requires_grad_(False)
 
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:

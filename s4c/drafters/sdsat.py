@@ -262,7 +262,7 @@ class SDSATDrafter(Drafter):
     def propose(self, sequences: Sequences) -> DraftTree:
         laws = [self._laws[slot] for slot in range(len(sequences.tokens))]
         if sequences.plan.nodes == 1 and not any(map(len, laws)):
-            return root_only(sequences.roots)
+            return root_only(sequences.roots, sequences.device)
         self.target.adapt(self.adapter)
         tree = self._candidates(sequences, sequences.plan.with_probes(self.config.tokens), laws)
         tree = sequences.plan.worth_checking(tree)
@@ -286,9 +286,9 @@ class SDSATDrafter(Drafter):
         """
         deepest = max(len(law) for law in laws)
         if deepest == 0:
-            return root_only(sequences.roots)
+            return root_only(sequences.roots, sequences.device)
         levels = torch.stack([F.pad(law, (0, 0, 0, deepest - len(law)), value=-torch.inf) for law in laws])
-        builder = replace(plan, depth=min(plan.depth, deepest)).grow(sequences.roots, self._select)
+        builder = replace(plan, depth=min(plan.depth, deepest)).grow(sequences.root_tokens, self._select)
         while builder.open:
             extend(sequences, builder, levels[:, builder.level, None])
         return finish(sequences, builder)

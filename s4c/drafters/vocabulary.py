@@ -30,19 +30,21 @@ class Words:
     Attributes:
         product: of the LM head's rows for them.
         ids: [most] int64, their tokens, in the order of the rows.
+        most: there is room for.
         rows: where each of them stands.
         seen: how many there have been, those that later ones took the place of among them.
     """
 
     product: GrowingLinear | NativeGrowing
     ids: Tensor
+    most: int
     rows: dict[int, int] = field(default_factory=dict)
     seen: int = 0
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return min(self.seen, len(self.ids))
+        return min(self.seen, self.most)
 
 
 class ContextVocabulary:
@@ -65,7 +67,7 @@ class ContextVocabulary:
         size, device = self._target.spec.hidden_size, self._target.device
         native = self._target.runtime == "native"
         product = NativeGrowing(size, self._most) if native else GrowingLinear(size, self._most, device)
-        self._slots[slot] = Words(product, torch.zeros(self._most, dtype=torch.int64, device=device))
+        self._slots[slot] = Words(product, torch.zeros(self._most, dtype=torch.int64, device=device), self._most)
         self.add(slot, tokens)
 
     def add(self, slot: int, tokens: Sequence[int]) -> None:

@@ -342,7 +342,7 @@ def pass_seconds(
     for _ in range(1 + repeats):
         for n in sizes:
             root, *path = some_tokens(target, n).tolist()
-            tree = from_paths(torch.tensor([root], device=target.device), [[path]], n)
+            tree = from_paths([root], [[path]], n, device=target.device)
             started = now(target)
             work(tree)
             times[n].append(now(target) - started)
@@ -369,14 +369,13 @@ def draft_seconds(
             plan = plans[levels]
             if len(line) + max(plan.nodes, 1) + drafter.probes > spec.context_length:
                 break
-            root, position = (torch.tensor([n], device=target.device) for n in (line[-1], len(line) - 1))
             scores = Scores(params, [line], [len(line)], noise, target.judge)
             started = now(target)
-            drafted = drafter.propose(Sequences([line], root, position, scores, False, plan))
+            drafted = drafter.propose(Sequences([line], scores, False, plan, target.device))
             taken = now(target) - started
             if not told or drafted.candidate.any():
                 times[told if drafter.probes else levels].append(taken)
-            tree = drafted if drafter.probes else root_only(root)
+            tree = drafted if drafter.probes else root_only(line[-1:], target.device)
             started = now(target)
             output = target.verify(tree, drafter.taps)
             verdict = coupled(tree, output, scores)

@@ -88,14 +88,12 @@ class Engine:
         tokens = [sequence.tokens for sequence in running]
         params = [sequence.params for sequence in running]
         self.noise.keep(_first_positions(running))
-        device = self.target.device
         return Sequences(
             tokens=tokens,
-            roots=torch.tensor([line[-1] for line in tokens], device=device),
-            positions=torch.tensor([len(line) - 1 for line in tokens], device=device),
             scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.judge),
             sampled=self.sampled,
             plan=self.planner.plan([len(line) - 1 for line in tokens]),
+            device=self.target.device,
         )
 
     def _prefill(self, sequence: Sequence) -> None:

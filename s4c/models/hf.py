@@ -249,7 +249,7 @@ class HFTarget(Target):
         ]
         path = torch.tensor([accepted])
         self.commit(Verdict(path, torch.tensor([2]), bonus, drafted[path]))
-        after = self.verify(trees.root_only(bonus)).logits[0, 0]
+        after = self.verify(trees.root_only(bonus.tolist(), self.device)).logits[0, 0]
         errors.append(self._distance(after, [*prompt.tolist(), *drafted[accepted].tolist(), int(bonus)]))
         return max(errors)
 

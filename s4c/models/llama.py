@@ -195,10 +195,14 @@ class LlamaTarget(Target):
             self._stack.keep(slot, list(range(count)))
         return torch.cat(features)
 
-    @torch.no_grad()
     def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         if self._native is not None and self._adapter is None:
             return self._native.verify(tree, taps)
+        return self._verify(tree, taps)
+
+    @torch.no_grad()
+    def _verify(self, tree: DraftTree, taps: Sequence[int]) -> TargetOutput:
+        """`verify` part by part."""
         x, adapted = self._embed(tree.tokens)
         features = self._stack.run(x, tree.parents, adapted=adapted, taps=taps)
         logits = self.head(features[..., : self.spec.hidden_size]).float()

@@ -135,11 +135,10 @@ def _sequences(running: Sequence[_Running], plan: TreePlan, noise: NoiseTable) -
     params = [SamplingParams()] * len(running)
     return Sequences(
         tokens=tokens,
-        roots=torch.tensor([t[-1] for t in tokens], device=noise.device),
-        positions=torch.tensor([len(t) - 1 for t in tokens], device=noise.device),
         scores=Scores(params, tokens, [r.prompt_length for r in running], noise),
         sampled=False,
         plan=plan,
+        device=noise.device,
     )
 
 

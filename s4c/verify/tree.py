@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from s4c.types import DraftTree
+from s4c.verify.noise import CPU
 
 MOST_NODES = 1024
 """No tree is larger: a pass over so many nodes costs many times what it can win."""
@@ -70,34 +71,29 @@ Line = tuple[list[int], list[int], list[bool], list[list[float]]]
 _PARTS = ("tokens", "parents", "candidate", "belief")
 
 
-def root_only(roots: Tensor) -> DraftTree:
+def root_only(roots: Sequence[int], device: torch.device = CPU) -> DraftTree:
     """The tree of plain decoding: no candidates."""
-    shape = (roots.shape[0], 1)
-    return DraftTree(
-        tokens=roots[:, None],
-        parents=torch.full(shape, -1, device=roots.device),
-        candidate=torch.zeros(shape, dtype=torch.bool, device=roots.device),
-        sampled=torch.zeros(shape[0], dtype=torch.bool, device=roots.device),
-        belief=torch.zeros(shape[0], 1, 1, device=roots.device),
-    )
+    return from_paths(roots, [[]] * len(roots), 1, device=device)
 
 
 def from_paths(
-    roots: Tensor,
+    roots: Sequence[int],
     paths: Sequence[Sequence[Sequence[int]]],
     budget: int,
     chances: Sequence[Sequence[float]] | None = None,
+    device: torch.device = CPU,
 ) -> DraftTree:
     """Merge continuations into one tree for each sequence: shared beginnings become shared nodes.
 
     Args:
-        roots: [B] int64.
+        roots: of the sequences, B tokens.
         paths: for each sequence its continuations, the best first.
         budget: most nodes of a tree, the root included; later nodes are dropped.
         chances: for each continuation how probable each of its tokens is, given those before; 1/2 where not given.
+        device: of the tensors of the tree.
     """
     rows = []
-    for b, (root, continuations) in enumerate(zip(roots.tolist(), paths, strict=True)):
+    for b, (root, continuations) in enumerate(zip(roots, paths, strict=True)):
         row = _Row([root], [-1], [False], [[0.0]])
         for c, path in enumerate(continuations):
             step = math.log(chances[b][c] if chances is not None else 0.5)
@@ -109,7 +105,7 @@ def from_paths(
                     if node is not None and math.isnan(row.belief[0][node]):
                         row.belief[0][node] = belief
         rows.append(row.line)
-    return ListedTree(rows, roots.device)
+    return ListedTree(rows, device)
 
 
 class _Row:

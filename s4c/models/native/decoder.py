@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from s4c.models.native import library
-from s4c.models.native.library import CDecoder, CEmbedding
+from s4c.models.native.library import CDecoder, CEmbedding, numbers
 from s4c.models.native.linear import NativeLinear
 from s4c.models.native.stack import NativeStack
 from s4c.types import DraftTree, TargetOutput
+from s4c.verify.tree import lines
 
 
 def c_embedding(weight: Tensor) -> CEmbedding:
@@ -43,19 +44,19 @@ class NativeDecoder:
         Raises:
             IndexError: a drafter guessed a token that is not in the vocabulary.
         """
-        tokens, parents = tree.tokens.contiguous(), tree.parents.contiguous()
-        batch, count = tokens.shape
+        rows = lines(tree)
+        batch, count = len(rows), tree.size
         lengths = self._stack.lengths[:batch]
         self._stack.reserve(batch, max(lengths) + count)
         features = torch.empty(batch, count, self._width * (1 + len(taps)))
         logits = torch.empty(batch, count, self._outputs)
         status = library.core().s4c_verify(
             ctypes.byref(self._c),
-            tokens.data_ptr(),
+            numbers(*(tokens for tokens, *_ in rows)),
             batch,
             count,
             (ctypes.c_int32 * batch)(*lengths),
-            parents.data_ptr(),
+            numbers(*(parents for _, parents, *_ in rows)),
             (ctypes.c_int32 * len(taps))(*taps),
             len(taps),
             features.data_ptr(),
@@ -63,8 +64,8 @@ class NativeDecoder:
         )
         if status == -2:
             raise IndexError(
-                f"a draft tree holds tokens from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has "
-                f"{self._outputs}, from 0 on"
+                f"a draft tree holds tokens from {min(min(row[0]) for row in rows)} to "
+                f"{max(max(row[0]) for row in rows)}; the vocabulary has {self._outputs}, from 0 on"
             )
         library.check(status)
         return TargetOutput(logits, features)

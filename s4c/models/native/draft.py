@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from s4c.models.layers import Linear
 from s4c.models.native import library
 from s4c.models.native.decoder import c_embedding
+from s4c.models.native.growing import NativeGrowingRows
 from s4c.models.native.library import CHeads, CPlan, CRound, pointers
 from s4c.models.native.linear import NativeGrowing, NativeLinear
 from s4c.models.native.rows import MOST_TOP
@@ -77,7 +78,7 @@ class NativeDraft:
         self,
         plan: TreePlan,
         unread: Sequence[Sequence[int]],
-        features: Sequence[Tensor],
+        features: Sequence[NativeGrowingRows],
         carry: Sequence[Tensor],
         temperatures: Sequence[float],
         noise: Sequence[Tensor | None],
@@ -89,7 +90,8 @@ class NativeDraft:
         Args:
             plan: a tree that `grows`.
             unread: of each sequence 1 to M tokens, what the heads have not seen yet, the root last.
-            features: of each sequence [as many, d] float32, the target's, one position before each of them.
+            features: of each sequence rows [at least as many, d]: the last ones are the target's, one position before
+                each of them.
             carry: of each sequence [H - 1, d] float32, what all heads but the last gave at the last committed position;
                 it is brought up to the root.
             temperatures: of the B requests.
@@ -108,12 +110,12 @@ class NativeDraft:
             stack.reserve(batch, max(lengths) + longest + EXPANDED_PER_LEVEL * plan.depth)
         assert len(noise) == batch * plan.depth
         assert len(further) == batch
-        assert all(rows.dtype == torch.float32 and rows.is_contiguous() for rows in chain(features, carry))
+        assert all(rows.dtype == torch.float32 and rows.is_contiguous() for rows in carry)
         held: list[Any] = [
             tokens,
             (ctypes.c_int32 * batch)(*(len(line) for line in unread)),
             (ctypes.c_int32 * batch)(*lengths),
-            pointers([rows.data_ptr() for rows in features]),
+            pointers([rows.address(len(line)) for rows, line in zip(features, unread, strict=True)]),
             pointers([rows.data_ptr() for rows in carry]),
             (ctypes.c_float * batch)(*temperatures),
             pointers([None if row is None else row.data_ptr() for row in noise]),

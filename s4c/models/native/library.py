@@ -9,8 +9,9 @@ import ctypes
 import os
 import sysconfig
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -137,6 +138,11 @@ class CTrees(Structure):
 def pointers(addresses: Sequence[int | None]) -> ctypes.Array[c_void_p]:
     """An array of addresses."""
     return (c_void_p * len(addresses))(*addresses)
+
+
+def numbers(*rows: Sequence[int]) -> ctypes.Array[c_int64]:
+    """An array of the numbers of all rows."""
+    return (c_int64 * sum(map(len, rows)))(*chain.from_iterable(rows))
 
 
 @cache
