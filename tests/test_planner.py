@@ -108,14 +108,17 @@ def test_a_draft_deeper_than_was_measured_costs_what_it_took() -> None:
     st.floats(0.0, 0.4),
     st.floats(0.0, 0.3),
     st.floats(0.0, 0.3),
+    st.integers(1, 32),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_the_depth_is_the_best_of_all_depths(right: list[float], first: float, level: float, node: float) -> None:
+def test_the_depth_is_the_best_of_all_depths(
+    right: list[float], first: float, level: float, node: float, size: int
+) -> None:
     drafts = {n: first * (n > 0) + level * n for n in range(DEEPEST + 1)}
     planner = CostPlanner(Costs({1: 1.0, 32: 1 + 31 * node}, drafts))
     for known, chance in zip(planner.levels[1:], right, strict=True):
-        known.right.hits, known.right.weight = 1e6 * chance, 1e6
-        known.nodes = 1.0
+        known.hits, known.weight = 1e6 * chance, 1e6
+    planner._sizes = dict.fromkeys(range(1, DEEPEST + 1), size)
     planner._credit = 0.0
     rates = []
     for depth in range(DEEPEST + 1):
@@ -123,7 +126,7 @@ def test_the_depth_is_the_best_of_all_depths(right: list[float], first: float, l
         for n in range(depth):
             tokens += torch.tensor(right[: n + 1], dtype=torch.float64).prod().item()
         # A thousandth of rounding: means of a million ones lie a hair above one.
-        rates.append(tokens / (1 + node * depth + drafts[depth]))
+        rates.append(tokens / (1 + node * (size - 1) * (depth > 0) + drafts[depth]))
     plan = planner.plan([CONTEXT])
     asked = plan.depth if plan.nodes > 1 else 0
     assert rates[asked] >= max(rates) * 0.999
@@ -283,12 +286,12 @@ def test_what_probes_said_is_paid_for_in_the_round_that_reads_it(draft: float) -
 
 def test_a_round_with_probes_alone_says_nothing_of_their_drafts() -> None:
     planner = CostPlanner(Costs({1: 1.0, 32: 1.0}, LEVELS), probes=4)
-    before = [(level.right.hits, level.right.weight) for level in planner.levels]
+    before = [(level.hits, level.weight) for level in planner.levels]
     text = Probed(planner).run(1, 0.5)
     assert text.levels == [1]
-    assert [(level.right.hits, level.right.weight) for level in planner.levels] == before
+    assert [(level.hits, level.weight) for level in planner.levels] == before
     text.run(1, 0.5)
-    assert [(level.right.hits, level.right.weight) for level in planner.levels] != before
+    assert [(level.hits, level.weight) for level in planner.levels] != before
 
 
 def test_chances_are_what_is_accepted_not_what_is_claimed() -> None:

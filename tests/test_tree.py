@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -223,17 +222,13 @@ def test_best_stops_early_only_when_nothing_better_can_come() -> None:
 def test_nodes_whose_children_could_not_be_kept_are_not_expanded() -> None:
     law = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     free, full = (TreePlan.parse(form).grow(torch.tensor([7])) for form in ("best:9x4", "best:4x4"))
-    floored = replace(TreePlan.parse("best:9x4"), floor=math.log(0.2)).grow(torch.tensor([7]))
-    for builder in (free, full, floored):
+    for builder in (free, full):
         builder.extend(law.expand(1, 1, 4))
     assert free.frontier.tolist() == [[1, 2, 3, 4]], "there is room for all"
     assert full.frontier.tolist() == [[1, 2]], "the third is the last that is kept"
-    assert floored.frontier.tolist() == [[1, 2]]
-    floored.extend(law.expand(1, 2, 4))
-    assert floored.frontier.shape == (1, 1), "0.5 * 0.5 alone"
-    floored.extend(law.expand(1, 1, 4))
-    assert not floored.open
-    check_contract(floored.finish())
+    full.extend(law.expand(1, 2, 4))
+    assert full.frontier.shape == (1, 1), "0.5 * 0.5 alone beats the last that is kept"
+    check_contract(full.finish())
 
 
 def test_a_frontier_is_as_wide_as_the_tree_of_a_batch_that_wants_most() -> None:
@@ -301,8 +296,9 @@ def test_a_floor_ends_the_levels() -> None:
     for floor, levels in ((-0.5, 1), (-1.0, 2), (-1.5, 3)):
         builder = TreePlan("best", 2, 3, 9, floor).grow(torch.tensor([7]))
         while builder.open:
-            builder.extend(torch.zeros(1, builder.frontier.shape[1], 2))
-        assert builder.level == levels, "two like children halve the chance: -0.69, then -1.39"
+            builder.extend(torch.zeros(1, builder.frontier.shape[1], 4))
+        assert builder.level == levels, "two of four like children halve the chance: -0.69, then -1.39"
+        check_contract(builder.finish())
 
 
 def test_without_nodes_nothing_is_guessed() -> None:

@@ -10,10 +10,13 @@ product, along its path, of the chances that a node is where its parent is.
 
 The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
 by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
-checked or not, for the round tells which token came there. So are the sizes decided, in two steps.
+checked or not, for the round tells which token came there. So are the sizes decided, in three steps.
 
-    Before drafting    l, from what level i added on average when level i - 1 was right. Nothing is drafted where the
-                       formula is highest at l = 0; what another drafter found (`beside`) is counted first.
+    Before drafting    l, from what level i added on average when level i - 1 was right, and the n that trees of l
+                       levels had lately. Nothing is drafted where the formula is highest at l = 0; what another drafter
+                       found (`beside`) is counted first.
+    While drafting     the draft ends before a level that is not worth its time: where the paths that lead there are
+                       too improbable, all together (`TreePlan.floor`).
     Before the pass    n, from the nodes that are there: those of highest a(v) enter, as many as make it highest. No
                        node is more probable than its parent, so the tree is whole.
 
@@ -40,7 +43,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
-from s4c.engine.acceptance import DEEPEST, MEMORY, Acceptance, Row, Share
+from s4c.engine.acceptance import DEEPEST, Acceptance, Row, Share
 from s4c.engine.costs import CONTEXT, Costs, Prices
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import TreePlan, lines, most_believed, pruned
@@ -60,8 +63,11 @@ TRYING = 0.01
 FADING = 0.5
 """What is left of an estimate of a level each time that there is a reason to doubt it, but nothing to observe."""
 
-LEVEL_PRIOR, NODES_PRIOR = 0.6, 2.0
-"""Chance that the next level is right, and nodes of it that are kept, before anything is known."""
+LEVEL_PRIOR = 0.6
+"""Chance that the next level is right, before anything is known."""
+
+SIZE_MEMORY = 0.9
+"""What the sizes of trees so far still count when another one is seen."""
 
 OVERLAPS = 4
 """Degrees of certainty of the other drafter, by which what a level adds to it is told apart."""
@@ -104,14 +110,6 @@ class FixedPlanner:
         pass
 
 
-class Level:
-    """What is known of one level of the first drafter: is it right where the one before is, how many nodes are kept."""
-
-    def __init__(self) -> None:
-        self.right = Share(LEVEL_PRIOR)
-        self.nodes = NODES_PRIOR
-
-
 @dataclass
 class _Round:
     """What was decided for a round, and what the record of it needs."""
@@ -143,9 +141,10 @@ class CostPlanner:
         self.probes = probes
         self.pool = POOL + probes
         self.acceptance = Acceptance()
-        self.levels = [Level() for _ in range(DEEPEST + 1)]
+        self.levels = [Share(LEVEL_PRIOR) for _ in range(DEEPEST + 1)]
         self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
         self._credit = math.inf
+        self._sizes: dict[int, float] = {}
         self._largest = float(POOL)
         self._rest: TreePlan | None = None
         self._accompanied = False
@@ -197,6 +196,8 @@ class CostPlanner:
         self.costs.observe(now.batch, now.size + probes, now.told, seconds, now.further, probes > 0)
         for b, (_, tokens) in enumerate(verdict.lines):
             self._learn(b, tokens)
+        size = self._sizes.get(now.told, now.size)
+        self._sizes[now.told] = size + (1 - SIZE_MEMORY) * (now.size - size)
         self._settle(sum(len(tokens) for _, tokens in verdict.lines))
 
     def _seconds(self, size: int, levels: int, told: int) -> float:
@@ -232,14 +233,13 @@ class CostPlanner:
         found, tokens, seconds = self._best(beside, 0, 0)
         now.undrafted_rate = best_rate = tokens / seconds
         best, tried, tried_rate = 0, 1, 0.0
-        reach, right, nodes = 1.0, LEVEL_PRIOR, float(found)
+        reach, right, size = 1.0, LEVEL_PRIOR, 1.0
         for level in range(1, DEEPEST + 1):
-            right = self.levels[level].right.value(right)
+            right = self.levels[level].value(right)
             reach *= right
             tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
-            nodes += self.levels[level].nodes
-            size = min(math.ceil(nodes), POOL)
-            cost = self._seconds(size, level, level)
+            size = self._sizes.get(level, size + 1)
+            cost = self._seconds(max(found, min(math.ceil(size), POOL)), level, level)
             if tokens / cost > best_rate:
                 best, best_rate = level, tokens / cost
             if tokens / cost > tried_rate:
@@ -249,12 +249,12 @@ class CostPlanner:
         return self._planned(nodes if now.levels else 1, best_rate if best else 0.0)
 
     def _planned(self, nodes: int, rate: float) -> TreePlan:
-        """The plan of a decision; its floor is where a level costs more than it can bring."""
+        """The plan of a decision; its floor is where one more level costs more than it can bring."""
         levels = self._round.levels
         floor = -math.inf
         if rate and levels > 1:
             cost = self._seconds(1, levels, levels) - self._seconds(1, 1, 1)
-            worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].right.value(LEVEL_PRIOR)
+            worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].value(LEVEL_PRIOR)
             floor = math.log(worth) if worth > 0 else -math.inf
         return Planned("best", WIDTH, max(levels, 1), nodes, min(floor, -0.1), self)
 
@@ -268,13 +268,9 @@ class CostPlanner:
         """Follow what a round committed down the tree of a sequence, and count who guessed it."""
         now = self._round
         if now.rows is None:
-            self._learn_levels(len(tokens) - 1, [0] * (DEEPEST + 1))
+            self._learn_levels(len(tokens) - 1)
             return
         row, kept = now.rows[b], now.kept[b]
-        sizes = [0] * (DEEPEST + 1)
-        for v in kept:
-            if row.cells[v][0] & now.first:
-                sizes[min(row.depths[v], DEEPEST)] += 1
         right = 0
         for depth, v in enumerate(self.acceptance.follow(row, tokens)[:DEEPEST], start=1):
             if v not in kept or not row.cells[v][0] & now.first:
@@ -283,19 +279,18 @@ class CostPlanner:
             certainty = now.certainties[b][depth]
             if certainty:
                 self.added[_degree(certainty)].observe(row.cells[v][0] == now.first, self._added(certainty))
-        self._learn_levels(right, sizes)
+        self._learn_levels(right)
 
-    def _learn_levels(self, right: int, sizes: Sequence[int]) -> None:
+    def _learn_levels(self, right: int) -> None:
         """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
         levels = self._round.told
         for level in range(1, levels + 1):
             known = self.levels[level]
-            known.nodes += (1 - MEMORY) * (sizes[level] - known.nodes)
-            if right >= level - 1 and known.right.observe(right >= level, known.right.value(LEVEL_PRIOR)):
+            if right >= level - 1 and known.observe(right >= level, known.value(LEVEL_PRIOR)):
                 for deeper in self.levels[level + 1 :]:
-                    deeper.right.fade(FADING)
+                    deeper.fade(FADING)
         if 0 < levels < DEEPEST and right >= levels:
-            self.levels[levels + 1].right.fade(FADING)
+            self.levels[levels + 1].fade(FADING)
 
     def _settle(self, tokens: int) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""

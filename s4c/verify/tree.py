@@ -272,7 +272,8 @@ class TreePlan:
         width: children of an expanded node.
         depth: levels below the root; 0 means as deep as the drafter goes by itself.
         nodes: most nodes of a tree, the root included; with 1 there is nothing to guess.
-        floor: no children are wanted of nodes whose path has a lower log-probability.
+        floor: a `best` tree gets no further level where the paths of the nodes that it would expand have a lower
+            log-probability, all together.
     """
 
     kind: str
@@ -408,14 +409,14 @@ class TreeBuilder:
             self.frontier = torch.full((batch, 1), first, device=tokens.device)
 
     def _hopeful(self, path: Tensor) -> Tensor:
-        """[B, K] bool: which of these paths may have children that are kept.
+        """[B, K] bool: which of these paths, the most probable of a level, are to be gone on with.
 
-        A child is never more probable than its parent, so none has whose path is below the floor, or does not beat the
-        last one kept.
+        A child is never more probable than its parent, so none of those is kept whose path does not beat the last one
+        kept.
         """
-        hopeful = path >= self.plan.floor
+        hopeful = (path.logsumexp(1, keepdim=True) >= self.plan.floor).expand_as(path)
         if self.path.shape[1] >= self.plan.nodes:
-            hopeful &= path > self.path.topk(self.plan.nodes, dim=1).values[:, -1:]
+            hopeful = hopeful & (path > self.path.topk(self.plan.nodes, dim=1).values[:, -1:])
         return hopeful
 
     def finish(self, sampled: Tensor | None = None) -> DraftTree:

@@ -33,8 +33,8 @@ inline void relax() {
 }
 
 // How often a thread looks again before it lets others run: at a barrier, where the rest of the team may need this very
-// core, and between jobs, for about a millisecond, longer than a round pauses.
-constexpr int BARRIER_SPINS = 1000, IDLE_SPINS = 20000;
+// core, and between jobs, for some milliseconds, longer than a round pauses.
+constexpr int BARRIER_SPINS = 1000, IDLE_SPINS = 60000;
 
 // Threads that share a job. The caller is thread 0; the others sleep between jobs.
 class Pool {

@@ -173,7 +173,8 @@ struct Heads {
 
 // The tree that is wanted: children of a node, levels, nodes with the root. Up to `expanded` best nodes of a level have
 // children of their own and the best nodes of all are kept (best = 1), or the first node of a level has and all are. Nodes
-// of best trees have none where these could not be kept, or where the path is less probable than the floor, a logarithm.
+// of best trees have none where these could not be kept, and a level has none where its paths are together less probable
+// than the floor, a logarithm.
 struct Plan {
     int32_t best, width, depth, nodes, expanded;
     float floor;

@@ -98,15 +98,17 @@ class Drafting {
 
     bool open(int level) const { return level < plan_.depth && width(); }
 
-    // How many of these nodes, the most probable first, may have children that are kept. A child is never more probable
-    // than its parent, so none has whose path is below the floor, or does not beat the last one kept.
+    // How many of these nodes, the most probable of a level first, are to be gone on with: none where all their paths
+    // together are below the floor. A child is never more probable than its parent, so none of those is kept whose path
+    // does not beat the last one kept.
     int hopeful(const Tree& tree, const std::vector<int>& nodes) const {
-        float last = NEVER;
+        float last = NEVER, together = 0;
+        for (int node : nodes) together += std::exp(Tree::at(tree.path, node));
+        if (!(std::log(together) >= plan_.floor)) return 0;
         bool full = tree.size() >= plan_.nodes;
         if (full) last = Tree::at(tree.path, tree.best(0, tree.size(), plan_.nodes).back());
         auto without = std::find_if(nodes.begin(), nodes.end(), [&](int node) {
-            float path = Tree::at(tree.path, node);
-            return !(path >= plan_.floor) || (full && !(path > last));
+            return full && !(Tree::at(tree.path, node) > last);
         });
         return static_cast<int>(without - nodes.begin());
     }
