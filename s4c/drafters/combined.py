@@ -52,7 +52,8 @@ class CombinedDrafter(Drafter):
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         for drafter in (self.first, self.second):
-            drafter.commit(tree, verdict, replace(output, features=self._part(drafter, output.features)))
+            part = self._part(drafter, output.features)
+            drafter.commit(tree, verdict, output if part is output.features else replace(output, features=part))
 
     def _part(self, drafter: Drafter, features: Tensor) -> Tensor:
         """Of features [..., d (1 + taps)] those that a drafter wants."""

@@ -177,7 +177,7 @@ class Costs:
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
         return Prices(
-            self._passes(batch, most, further),
+            [self._pass(batch, nodes, further) for nodes in range(most + 1)],
             [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
             [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
@@ -195,22 +195,20 @@ class Costs:
     ) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
         passed = seconds["verify"] + seconds["judge"]
-        expected = self._passes(batch, nodes, further)[nodes] + probing * self.probing
+        expected = self._pass(batch, nodes, further) + probing * self.probing
         self._paces.add(batch * nodes, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         draft = seconds["draft"] / self._paces.of(batch * nodes)
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
-    def _passes(self, batch: int, most: int, further: int) -> list[float]:
-        """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
-        tokens = range(0, batch * most + 1, batch)
-        near = self._table[: tokens.stop : batch]
-        near += [self._table[-1] + (n - len(self._table) + 1) * self._slope for n in tokens[len(near) :]]
+    def _pass(self, batch: int, nodes: int, further: int) -> float:
+        """Seconds of a pass over so many nodes of each sequence, as they were measured."""
+        beyond = batch * nodes - len(self._table) + 1
+        near = self._table[-1] + beyond * self._slope if beyond > 0 else self._table[batch * nodes]
         each, by_node = self.attention
-        further = max(further, -CONTEXT * batch)
-        share = 1 / (2 * CONTEXT * batch)  # no more than half of a pass was attention
-        return [seconds + further * min(each + by_node * nodes, seconds * share) for nodes, seconds in enumerate(near)]
+        most = near / (2 * CONTEXT * batch)  # no more than half of a pass was attention
+        return near + max(further, -CONTEXT * batch) * min(each + by_node * nodes, most)
 
 
 def _between(passes: Mapping[int, float]) -> list[float]:
