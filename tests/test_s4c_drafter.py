@@ -349,6 +349,23 @@ def test_taps_change_nothing_until_they_are_trained(target: Any) -> None:
     assert not torch.equal(tapped.predictions(wide)[0].hidden, plain.predictions(narrow)[0].hidden)
 
 
+def test_further_layers_change_nothing_until_they_are_trained(target: Any) -> None:
+    shallow, _ = drafter_of(target, heads=2)
+    deep = S4CModel(target, S4CConfig(head_dim=8, heads=2, layers=3), shallow.token_ids)
+    deep.start_from(shallow)
+    tokens = torch.tensor(PROMPTS[2])
+    target.reserve(1, 64)
+    batch = TrainingBatch(tokens[None], target.prefill(0, tokens)[None], torch.tensor([11]), torch.tensor([0]))
+    for ours, theirs in zip(deep.predictions(batch), shallow.predictions(batch), strict=True):
+        assert torch.equal(ours.hidden, theirs.hidden)
+    deep.predictions(batch)[1].hidden.square().sum().backward()
+    for head in deep.each_head():
+        for layer in head.layers:
+            assert layer.mlp.down.weight.grad.abs().max() > 0, "they learn from the first step on"
+    with pytest.raises(ValueError, match="is not in the drafter to start from"):
+        S4CModel(target, S4CConfig(head_dim=8, heads=3, layers=2), shallow.token_ids).start_from(shallow)
+
+
 def test_training_starts_from_another_drafter(target: Any) -> None:
     old, _ = drafter_of(target, heads=2)
     new = S4CModel(target, S4CConfig(head_dim=8, heads=2), torch.arange(1, 41))

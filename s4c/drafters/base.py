@@ -172,14 +172,12 @@ class DraftModel(nn.Module, ABC):
         token_ids: [V'] int64 buffer, ascending: the target's token of each column of the drafter's logits.
         taps: layers of the target, ascending, whose hidden states it reads beside the feature.
         beyond: whether it may draft tokens of a sequence's text beyond its vocabulary, by the target's own rows.
-        additions: names of parts that change nothing until they are trained: a model may start from one without them.
     """
 
     config: Any
     token_ids: Tensor
     taps: tuple[int, ...] = ()
     beyond: bool = False
-    additions: tuple[str, ...] = ()
 
     @abstractmethod
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:
@@ -191,11 +189,9 @@ class DraftModel(nn.Module, ABC):
         Raises:
             ValueError: its sizes are others, or it has weights for each token of another vocabulary.
         """
-        state = {name: value for name, value in other.state_dict().items() if name != "token_ids"}
+        state = self.completed({name: value for name, value in other.state_dict().items() if name != "token_ids"})
         same_tokens = torch.equal(self.token_ids, other.token_ids)
         for name, weight in self.named_parameters():
-            if name not in state and name.startswith(self.additions):
-                continue
             if name not in state or state[name].shape != weight.shape:
                 raise ValueError(
                     f"{name} is not in the drafter to start from, or has another size; its settings differ"
@@ -203,6 +199,10 @@ class DraftModel(nn.Module, ABC):
             if not same_tokens and len(weight) == len(self.token_ids):
                 raise ValueError(f"{name} belongs to the tokens of another draft vocabulary; start from a tied LM head")
         self.load_state_dict(state, strict=False)
+
+    def completed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights to start from, with those that they lack of parts that change nothing until they are trained."""
+        return state
 
     def served(self, target: Target) -> Served:
         """With the target that it was made for, unless training changes that one: then with what it is by now."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -58,6 +59,8 @@ from s4c.verify.tree import TreePlan, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
 PREFILL_CHUNK = 512
+SILENCED = ("attention.out.weight", "mlp.down.weight")
+"""What a layer adds to its input comes through these; with zeros it adds nothing."""
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -180,7 +183,6 @@ class S4CModel(DraftModel):
     head_rows: Tensor
     down: Linear
     up: Linear
-    additions = ("blend.",)
 
     def __init__(self, target: Target, config: S4CConfig, token_ids: Tensor) -> None:
         super().__init__()
@@ -207,6 +209,17 @@ class S4CModel(DraftModel):
         if self.taps:
             self.blend = Blend(self.shape.hidden, len(self.taps))
         self.requires_grad_(True)
+
+    def completed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Taps start as nothing, and further layers of a head as its first one, whose outputs nobody hears yet."""
+        for name, weight in self.state_dict().items():
+            layer = re.fullmatch(r"(heads\.\d+\.layers\.)[1-9]\d*(\..+)", name)
+            if name.startswith("blend."):
+                state.setdefault(name, weight)
+            elif layer and (first := state.get(f"{layer[1]}0{layer[2]}")) is not None:
+                silent = name.endswith(SILENCED)
+                state.setdefault(name, torch.zeros_like(first) if silent else first.clone())
+        return state
 
     def each_head(self) -> Iterator[S4CHead]:
         """The heads in drafting order."""
