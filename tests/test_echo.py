@@ -17,8 +17,8 @@ TOKENS = 6
 TEXT = st.lists(st.integers(0, TOKENS - 1), min_size=1, max_size=40)
 
 
-def law_of(text: list[int], path: list[int], law: list[float], ids: list[int], strength: float) -> list[float]:
-    """q' of a node behind the tokens `path` below the root, the last token of the text, word by word."""
+def heard_of(text: list[int], path: list[int], strength: float) -> list[float]:
+    """What the text says for each token behind the tokens `path` below the root, its last token, word by word."""
     whole, heard = text + path, [0.0] * TOKENS
     for place in range(len(text) - 1):
         same = 0
@@ -27,6 +27,12 @@ def law_of(text: list[int], path: list[int], law: list[float], ids: list[int], s
         near = place >= len(text) - module.NEAR
         if same and (near or same >= module.TELLING):
             heard[text[place + 1]] += strength * WEIGHTS[same - 1]
+    return heard
+
+
+def law_of(text: list[int], path: list[int], law: list[float], ids: list[int], strength: float) -> list[float]:
+    """q' of a node behind these tokens."""
+    heard = heard_of(text, path, strength)
     joined = [q + heard[token] for q, token in zip(law, ids, strict=True)]
     return [q / sum(joined) for q in joined]
 
@@ -66,6 +72,19 @@ def test_far_places_speak_where_much_is_the_same(monkeypatch: pytest.MonkeyPatch
         echo.start(0, text)
         joined = echo.joined(logits, ids, TreePlan.parse("chain:1").grow(torch.tensor([text[-1]])))
         assert (joined[0, 0, 3] > joined[0, 0, 0]) == heard
+
+
+@given(TEXT, st.sampled_from([1.0, 3.0]), st.sampled_from([2, 5, module.NEAR]))
+@settings(max_examples=60, deadline=None)
+def test_in_training_each_position_hears_what_a_draft_there_would(text: list[int], strength: float, near: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NEAR", near)
+        places = module.heard(torch.tensor(text), strength)
+        for position in range(len(text)):
+            said = [0.0] * TOKENS
+            for token, weight in zip(text[1:], places[position].tolist(), strict=False):
+                said[token] += weight
+            assert said == pytest.approx(heard_of(text[: position + 1], [], strength))
 
 
 def test_what_has_no_logit_stays_without() -> None:

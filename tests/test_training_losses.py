@@ -8,6 +8,7 @@ from tiny_training import HIDDEN, VOCAB, TinyModel, TinyTarget, tiny_model
 from torch import Tensor
 
 from s4c.drafters.base import Prediction, TrainingBatch
+from s4c.drafters.echo import heard
 from s4c.training.losses import CompositeLoss, Lesson, LossWeights, columns_of, head_loss, law_losses
 
 IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21])
@@ -199,6 +200,35 @@ def test_tokens_of_the_text_beyond_the_draft_vocabulary_are_looked_at_too(most: 
     teacher = head_loss(Prediction(hidden, head, hidden, 1), lesson).teacher
     torch.testing.assert_close(teacher, -(law * log_q).sum(-1).mean())
     expected = torch.autograd.grad(-(law * log_q).sum(-1).mean(), hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(teacher, hidden)[0], expected)
+
+
+@pytest.mark.parametrize("most", [0, 4])
+def test_the_law_with_an_echo_is_that_of_heads_and_text(most: int) -> None:
+    batch, target = random_batch(), TinyTarget()
+    batch.tokens[:, 5:] = batch.tokens[:, :4]
+    head = target.head_weight(IDS)
+    hidden = torch.randn(3, 9, HIDDEN, requires_grad=True)
+    lesson = Lesson.of(batch, IDS, head, most=most, beyond=target.head_weight, echo=0.5)
+    silent = Lesson.of(batch, IDS, head, most=most, beyond=target.head_weight)
+    assert silent.heard is None
+    assert lesson.heard is not None
+    assert torch.equal(lesson.law, silent.law)
+    text = {int(t) for row, n in zip(batch.tokens, batch.length, strict=True) for t in row[:n]}
+    unknown = sorted(text - set(IDS.tolist()))
+    looked_at = torch.tensor([*(IDS if lesson.columns is None else IDS[lesson.columns]).tolist(), *unknown])
+    said = torch.zeros_like(lesson.law)
+    for i, (row, position) in enumerate(zip(lesson.row.tolist(), lesson.position.tolist(), strict=True)):
+        line = batch.tokens[row, : position + 1]
+        for token, weight in zip(line[1:], heard(line, 0.5)[position], strict=False):
+            said[i] += weight * (looked_at == token)
+    assert said.max() > 0
+    torch.testing.assert_close(lesson.heard, said)
+    q = (hidden[lesson.row, lesson.position] @ target.head_weight(looked_at).T).softmax(-1)
+    log_q = ((q + said) / (1 + said.sum(-1, keepdim=True))).log()
+    teacher = head_loss(Prediction(hidden, head, hidden, 1), lesson).teacher
+    torch.testing.assert_close(teacher, -(lesson.law * log_q).sum(-1).mean())
+    expected = torch.autograd.grad(-(lesson.law * log_q).sum(-1).mean(), hidden)[0]
     torch.testing.assert_close(torch.autograd.grad(teacher, hidden)[0], expected)
 
 

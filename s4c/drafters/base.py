@@ -172,12 +172,14 @@ class DraftModel(nn.Module, ABC):
         token_ids: [V'] int64 buffer, ascending: the target's token of each column of the drafter's logits.
         taps: layers of the target, ascending, whose hidden states it reads beside the feature.
         beyond: whether it may draft tokens of a sequence's text beyond its vocabulary, by the target's own rows.
+        echo: how loud the text is beside its law, see echo.py.
     """
 
     config: Any
     token_ids: Tensor
     taps: tuple[int, ...] = ()
     beyond: bool = False
+    echo: float = 0.0
 
     @abstractmethod
     def predictions(self, batch: TrainingBatch) -> list[Prediction]:

@@ -92,6 +92,23 @@ class Echo:
         return torch.where(logits.isneginf(), logits, torch.logaddexp(logits, said))
 
 
+def heard(text: Tensor, strength: float) -> Tensor:
+    """[n, n] of a text [n]: how loudly each place speaks, at each position, for the token that follows the place.
+
+    It is what `Echo` adds to a law after so much of the text; places that a position has not left behind say nothing.
+    """
+    n = len(text)
+    equal = text[:, None] == text
+    same = equal & torch.ones_like(equal).tril(-1)
+    length = same.long()
+    for back in range(1, len(WEIGHTS)):
+        same = same & F.pad(equal, (back, 0, back, 0))[:n, :n]
+        length += same
+    distance = torch.arange(1, n + 1, device=text.device)[:, None] - torch.arange(n, device=text.device)
+    weights = torch.tensor([0.0, *WEIGHTS], device=text.device)[length] * strength
+    return weights * ((length >= TELLING) | (distance <= NEAR))
+
+
 def _last_tokens(builder: TreeBuilder, text: Tensor, counts: Tensor) -> list[Tensor]:
     """The tokens [B, W] of the frontier, those one before them, and so on up into the text; -1 where it begins."""
     found = []

@@ -191,6 +191,7 @@ class S4CModel(DraftModel):
         self.config = config
         self.taps = config.tapped
         self.beyond = bool(config.context_vocab) and config.lm_head == "tied"
+        self.echo = config.echo
         self.shape = config.layer_shape(target.spec.hidden_size)
         self.heads = nn.ModuleList(S4CHead(config, self.shape) for _ in range(config.heads))
         self.register_buffer("token_ids", token_ids)

@@ -18,6 +18,9 @@ look at fewer still, the tokens that the target finds most probable anywhere in 
 given that the token is one of these. A drafter that has the target's law has it given any set of tokens, so the
 optimum stays, and most of what an LM head costs in training is saved.
 
+A drafter that hears what followed in the text (drafters/echo.py) says another law than its heads do. Where the loss is
+of that one, they need not learn what is heard anyway.
+
 A drafter that reads the target's own LM head may draft tokens of its sequence's text beyond its vocabulary, so those
 that stand in the batch are looked at as well.
 """
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s4c.drafters.base import DraftModel, Prediction, TrainingBatch
+from s4c.drafters.echo import heard
 
 HeadRows = Callable[[Tensor], Tensor]
 """Tokens [E] int64 to the rows [E, d] of the target's LM head."""
@@ -81,6 +85,7 @@ class Lesson:
         columns: [S] int64, ascending, the columns of the draft vocabulary that are looked at; None for all of them.
         further: [E, d], the LM head's rows for tokens beyond the draft vocabulary that are looked at, the last ones of
             the law; None where there are none.
+        heard: [M, S + E], what the text says for these tokens; None where the loss is of the heads' own law.
     """
 
     row: Tensor
@@ -90,6 +95,7 @@ class Lesson:
     feature: Tensor
     columns: Tensor | None = None
     further: Tensor | None = None
+    heard: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -101,6 +107,7 @@ class Lesson:
         wanted: Tensor | None = None,
         most: int = 0,
         beyond: HeadRows | None = None,
+        echo: float = 0.0,
     ) -> Lesson:
         """Compute once for a batch what all heads are taught.
 
@@ -111,6 +118,7 @@ class Lesson:
             wanted: [B, T] bool, the positions that are wanted; None for all of them.
             most: S, how many tokens of the draft vocabulary to look at; 0 for all of them.
             beyond: gives the LM head's rows of tokens, to look at those of the text that the draft vocabulary lacks.
+            echo: how loud the text is beside the law that is taught; 0 where that is the heads' own.
         """
         counts = answered(batch)
         if wanted is not None:
@@ -119,18 +127,34 @@ class Lesson:
         feature = batch.features[row, position, : head.shape[1]]
         tokens = batch.tokens[row, position + 1]
         column = columns_of(tokens, token_ids)
-        further = None
+        further, looked = None, token_ids
         if beyond is not None and len(unknown := _unknown(batch, token_ids)):
             further = beyond(unknown).detach().to(head.dtype)
             column = torch.where(column < 0, _shifted(columns_of(tokens, unknown), len(token_ids)), column)
-            head = torch.cat([head, further])
+            head, looked = torch.cat([head, further]), torch.cat([token_ids, unknown])
         law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
         if not 0 < most < len(token_ids) or not len(row):
-            return cls(row, position, column, law, feature, None, further)
+            said = _heard(batch, row, position, looked, echo) if echo else None
+            return cls(row, position, column, law, feature, None, further, said)
         columns = law[:, : len(token_ids)].amax(0).topk(most).indices.sort().values
         kept = torch.cat([columns, torch.arange(len(token_ids), len(head), device=columns.device)])
         law = law[:, kept]
-        return cls(row, position, columns_of(column, kept), law / law.sum(-1, keepdim=True), feature, columns, further)
+        law, column = law / law.sum(-1, keepdim=True), columns_of(column, kept)
+        said = _heard(batch, row, position, looked[kept], echo) if echo else None
+        return cls(row, position, column, law, feature, columns, further, said)
+
+
+def _heard(batch: TrainingBatch, row: Tensor, position: Tensor, tokens: Tensor, echo: float) -> Tensor:
+    """[M, S]: what the texts of the rows [M] say for tokens [S], any order, after their positions [M]."""
+    order = tokens.argsort()
+    said = torch.zeros(len(row), len(tokens), device=tokens.device)
+    for b in row.unique().tolist():
+        text, here = batch.tokens[b, : batch.length[b]], row == b
+        column = columns_of(text[1:], tokens[order])
+        known = column >= 0
+        weights = heard(text, echo)[position[here], :-1][:, known]
+        said[here] = said[here].index_add(1, order[column[known]], weights)
+    return said
 
 
 def _unknown(batch: TrainingBatch, token_ids: Tensor) -> Tensor:
@@ -221,6 +245,8 @@ def head_loss(
         logits = prediction.logits(hidden, lesson.columns)
         if lesson.further is not None:
             logits = torch.cat([logits, F.linear(hidden.to(lesson.further.dtype), lesson.further).float()], -1)
+    if lesson.heard is not None:
+        logits = torch.logaddexp(logits, logits.logsumexp(-1, keepdim=True) + lesson.heard[exists].log())
     lm, teacher, acceptance, accepted = law_losses(logits, column, law, weight)
     smooth = logits.new_zeros(())
     if prediction.features is not None:
@@ -337,6 +363,7 @@ class CompositeLoss(nn.Module):
         autocast: half precision of the drafter's matrix products; None for the dtype of its weights.
         most: tokens of the draft vocabulary to look at in a step; 0 for all of them.
         beyond: gives rows of the target's LM head, for a model that may draft tokens beyond its vocabulary; else None.
+        echo: how loud the text is beside the law that is taught; 0 where that is the heads' own.
     """
 
     head: Tensor
@@ -349,6 +376,7 @@ class CompositeLoss(nn.Module):
         autocast: torch.dtype | None = None,
         most: int = 0,
         beyond: HeadRows | None = None,
+        echo: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -356,6 +384,7 @@ class CompositeLoss(nn.Module):
         self.autocast = autocast
         self.most = most
         self.beyond = beyond
+        self.echo = echo
         self.register_buffer("head", head, persistent=False)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -363,7 +392,7 @@ class CompositeLoss(nn.Module):
         with casting(self.head.device, self.autocast):
             predictions = self.model.predictions(batch)
         heads = [prediction for prediction in predictions if prediction.weight is None]
-        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most, self.beyond)
+        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most, self.beyond, self.echo)
         losses = self._head_losses(heads, lesson)
         depth = torch.tensor([self.weights.depth**i for i in range(len(losses))], device=self.head.device)
         loss = torch.dot(torch.stack([head.weighted(self.weights) for head in losses]), shares(depth))

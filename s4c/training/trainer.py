@@ -67,6 +67,7 @@ class TrainConfig:
         max_length: rows are cut to so many tokens.
         step_vocab: so many tokens of the draft vocabulary are looked at in a step, those that the target finds most
             probable anywhere in the batch; 0 for all.
+        echo_loss: whether the loss is of the law that a drafter has with its echo, not of its heads' own.
         weights: of the loss.
         autocast: `none`, `bfloat16` or `float16`: precision of the drafter's matrix products.
         features: `cache` or `fly`, see features.py.
@@ -92,6 +93,7 @@ class TrainConfig:
     batch_tokens: int = 4096
     max_length: int = 512
     step_vocab: int = 0
+    echo_loss: bool = False
     weights: LossWeights = field(default_factory=LossWeights)
     autocast: str = "none"
     features: str = "cache"
@@ -205,6 +207,8 @@ class Trainer:
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on; every prompt is held out or longer than max_length")
+        if config.echo_loss and not model.echo:
+            raise ValueError(f"echo_loss is of a drafter with an echo, and this {method} has none; leave it away")
         self.accelerator = Accelerator(cpu=target.device.type == "cpu")
         self.main = self.accelerator.is_main_process
         self.target = target
@@ -223,6 +227,7 @@ class Trainer:
             AUTOCAST[config.autocast],
             config.step_vocab,
             target.head_weight if model.beyond else None,
+            model.echo if config.echo_loss else 0.0,
         )
         self.optimizer = _optimizer(model, config)
         greedy = [row for row in held if row.temperature == 0]
