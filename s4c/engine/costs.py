@@ -26,6 +26,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -159,6 +160,7 @@ class Costs:
         self._paces = Paces()
         self._rest = Recent(0.0)
         self._drafts: dict[tuple[int, int], Recent] = {}
+        self._passes = lru_cache(maxsize=8)(self._measured)
 
     def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
         """Seconds of a round with trees of that many nodes after a draft of that many levels.
@@ -177,7 +179,7 @@ class Costs:
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
         return Prices(
-            [self._pass(batch, nodes, further) for nodes in range(most + 1)],
+            self._passes(batch, most, further),
             [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
             [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
@@ -202,8 +204,12 @@ class Costs:
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
+    def _measured(self, batch: int, most: int, further: int) -> list[float]:
+        """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
+        return [self._pass(batch, nodes, further) for nodes in range(most + 1)]
+
     def _pass(self, batch: int, nodes: int, further: int) -> float:
-        """Seconds of a pass over so many nodes of each sequence, as they were measured."""
+        """The same of a pass over so many."""
         beyond = batch * nodes - len(self._table) + 1
         near = self._table[-1] + beyond * self._slope if beyond > 0 else self._table[batch * nodes]
         each, by_node = self.attention

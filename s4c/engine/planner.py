@@ -57,6 +57,9 @@ WIDTH, POOL = 8, 32
 SPARE, RECEDING = 2, 0.25
 """Nodes that are drafted beyond the largest of the latest trees, and how much smaller that one counts each round."""
 
+ALIKE = 32
+"""Tokens of the contexts by which rounds are not told apart."""
+
 TRYING = 0.01
 """Part of the time that tries may lose."""
 
@@ -151,7 +154,7 @@ class CostPlanner:
         self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
-        batch, further = len(contexts), sum(contexts) - CONTEXT * len(contexts)
+        batch, further = len(contexts), (sum(contexts) - CONTEXT * len(contexts)) // ALIKE * ALIKE
         alike = batch == self._round.batch and abs(further - self._round.further) < CONTEXT
         if self._rest and alike and self._credit < self._round.stake:
             self._round.rows = None
