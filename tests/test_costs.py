@@ -214,6 +214,15 @@ def test_what_probes_add_to_a_pass_and_a_tree_of_what_they_said_is_measured(llm:
     assert [drafts[level] for level in range(1, DEEPEST + 1)] == pytest.approx([4.0] * DEEPEST)
 
 
+def test_a_drafter_of_other_settings_has_costs_of_its_own(llm: LLM, clock: list[float]) -> None:
+    drafter, plans = s4c_drafter(llm), plans_by_levels()
+    measured_costs(llm.target, drafter, plans, 2)
+    assert known_costs(llm.target, drafter, 2) is not None
+    drafter.settings = "twice as many layers"
+    assert known_costs(llm.target, drafter, 2) is None
+    assert known_costs(llm.target, CombinedDrafter(drafter, NgramDrafter()), 2) is None
+
+
 def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
     drafter, plans = NgramDrafter(), plans_by_levels()
     costs = measured_costs(llm.target, drafter, plans, 2)

@@ -71,6 +71,9 @@ class Drafter(ABC):
     default_tree: str
     """The tree to draft where none is asked for and none is planned, as `TreePlan.parse` reads it."""
 
+    settings: str = ""
+    """What sets it apart from others of its name, and so what its drafts cost."""
+
     planned: bool = False
     """Whether the engine plans its trees where none is asked for. Its trees then follow the plan of each round and say
     what it believes of their nodes; probes it adds to the candidates that the plan finds worth checking, where the plan

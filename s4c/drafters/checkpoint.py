@@ -144,6 +144,7 @@ def load_drafter(
     """`load_model`, made ready to draft in the target's dtype or the given one, with the checkpoint's tree."""
     checkpoint = read_checkpoint(directory)
     drafter = _load(directory, checkpoint, target, methods).drafter(target, dtype)
+    drafter.settings = json.dumps(checkpoint.config, sort_keys=True)
     if checkpoint.default_tree is not None:
         drafter.default_tree = checkpoint.default_tree
     return drafter

@@ -29,6 +29,7 @@ class CombinedDrafter(Drafter):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
+        self.settings = f"{first.settings}+{second.settings}"
         self.probes = first.probes or second.probes
         self.planned = first.planned and not self.probes
         self.taps = tuple(sorted({*first.taps, *second.taps}))

@@ -254,7 +254,7 @@ def known_costs(target: Target, drafter: Drafter, threads: int) -> Costs | None:
 def _file(target: Target, drafter: Drafter, threads: int) -> Path:
     device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
     identity: list[Any] = [FORMAT, platform.node(), platform.machine(), device, os.cpu_count(), threads]
-    identity += [target.spec.fingerprint, target.runtime, str(target.dtype), drafter.name, drafter.default_tree]
+    identity += [target.spec.fingerprint, target.runtime, str(target.dtype), drafter.name, drafter.settings]
     return home() / "costs" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
 
 

@@ -717,7 +717,7 @@ void gather(const Asked& asked, const HalfRows& at) {
         float* line = asked.scores + asked.stride * static_cast<size_t>(q);
         uint16_t* half = weights + asked.stride * static_cast<size_t>(q);
         to_bf16_row(line, padded(end), padded(end), half);
-        for (int i = 0; i < end; i += LANES) {
+        for (int i = whole * TAKEN; i < end; i += LANES) {  // what no tile takes is weighed by the same numbers
             __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))), 16);
             store(line + i, _mm512_castsi512_ps(bits));
         }
