@@ -6,7 +6,7 @@
 # The target answers our own prompts (prompts.jsonl and topics.jsonl), those of the files given ({"prompt": "..."} a line; never
 # measure on questions that stand in them) and 2,000 prompts that it writes itself. On two CPU cores the text takes
 # hours and the training SECONDS_TO_TRAIN; on a GPU train longer. Started again, each step goes on where it stopped.
-# START_FROM=CHECKPOINT goes on with the heads and the draft vocabulary of an earlier drafter, and the outcome is the mean of both.
+# START_FROM=CHECKPOINT goes on with the heads and the draft vocabulary of an earlier drafter; its heads may have fewer layers.
 set -euo pipefail
 
 here=$(dirname "$0")
@@ -29,13 +29,8 @@ resume=()
 [ -d "$folder/run/steps" ] && resume=(--resume)
 [ -n "${START_FROM:-}" ] && resume+=(--init "$START_FROM")
 s4c train --method s4c --target "$target" --dtype bfloat16 --autocast bfloat16 "${data[@]}" --out "$folder/run" \
-    --cache "$folder/features" --set draft_vocab=10240 --batch-tokens 2048 --step-vocab 2048 \
+    --cache "$folder/features" --set heads=2 --set layers=2 --set draft_vocab=10240 --batch-tokens 2048 --step-vocab 2048 --echo-loss \
     --learning-rate 1e-3 --warmup-steps 60 --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"
 
-outcome="$folder/run/best"
-if [ -n "${START_FROM:-}" ]; then
-    outcome="$folder/mean"
-    s4c average "$START_FROM" "$folder/run/best" --out "$outcome"
-fi
-s4c eval --target "$target" --drafter "$outcome" "${data[@]}" --held-out 0.02
-echo "to ship it: cp -r $outcome s4c/shipped/smollm2-135m"
+s4c eval --target "$target" --drafter "$folder/run/best" "${data[@]}" --held-out 0.02
+echo "to ship it: cp -r $folder/run/best s4c/shipped/smollm2-135m"
