@@ -360,7 +360,8 @@ class S4CDrafter(Drafter):
 
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._take_in(slot, tokens.to(self.device), self._blend(F.pad(features.float(), (0, 0, 1, 0))))
+        before = F.pad(features.float(), (0, 0, 1, 0))[-self.config.window - 1 :]
+        self._take_in(slot, tokens.to(self.device), self._blend(before))
         for memory in self._memories():
             memory.start(slot, tokens.tolist())
 

@@ -1,4 +1,4 @@
-"""What drafting and judging ask of rows of scores, of noise and of features, on the native runtime.
+"""What drafting and judging ask of rows of scores and of noise, on the native runtime.
 
 A round touches no tensor operation where it can do without: after a pass over all weights the code of each has to come
 from memory again, some tens of microseconds.
