@@ -86,9 +86,8 @@ def train(
     beta2: Annotated[float | None, _setting("0.95", "Of AdamW.", LOSS)] = None,
     clip: Annotated[float | None, _setting("1.0", "Most norm of the gradient.", LOSS)] = None,
     echo_loss: Annotated[
-        bool,
-        typer.Option("--echo-loss", help="Teach the law that the drafter has with its echo.", rich_help_panel=LOSS),
-    ] = False,
+        bool | None, _setting("False", "Teach the law that the drafter has with its echo.", LOSS)
+    ] = None,
     lm_weight: Annotated[float | None, _setting("0.1", "Weight of the true token's loss.", LOSS)] = None,
     teacher_weight: Annotated[float | None, _setting("1.0", "Weight of the target's law.", LOSS)] = None,
     smooth_weight: Annotated[float | None, _setting("0.1", "Weight of the target's feature.", LOSS)] = None,
