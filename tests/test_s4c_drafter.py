@@ -20,7 +20,7 @@ from s4c.types import SamplingParams
 from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import coupled
 from s4c.verify.scores import Scores
-from s4c.verify.tree import TreePlan
+from s4c.verify.tree import TreePlan, depths
 
 PROMPTS = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]]
 
@@ -44,8 +44,9 @@ def drafter_of(target: Any, echo: float = 0.0, **config: Any) -> tuple[S4CModel,
 class Run:
     """Sequences decoded by hand, with the target's features of every committed token but the root."""
 
-    def __init__(self, target: Any, drafter: S4CDrafter, prompts: list[list[int]], plan: str) -> None:
-        self.target, self.drafter, self.plan = target, drafter, TreePlan.parse(plan)
+    def __init__(self, target: Any, drafter: S4CDrafter, prompts: list[list[int]], plan: str | TreePlan) -> None:
+        self.target, self.drafter = target, drafter
+        self.plan = TreePlan.parse(plan) if isinstance(plan, str) else plan
         self.tokens = [list(prompt) for prompt in prompts]
         self.lengths = [len(prompt) for prompt in prompts]
         self.noise = NoiseTable(target.spec.vocab_size, target.device)
@@ -169,6 +170,21 @@ def test_a_sequence_may_draft_the_tokens_of_its_own_text_and_no_others(target: A
     assert (run.propose()[1].tokens[:, 1:] % 2).any(), "odd tokens come from the text alone"
 
 
+FLOORED = TreePlan("best", 8, 6, 60, floor=-1.0)
+
+
+@pytest.mark.skipif(library.problem() is not None, reason="needs the native runtime")
+def test_a_floor_ends_a_draft_in_one_call(target: Any) -> None:
+    _, drafter = drafter_of(target)
+    levels = []
+    for floor in (-torch.inf, FLOORED.floor, -0.1):
+        run = Run(target, drafter, PROMPTS[:1], replace(FLOORED, floor=floor))
+        _, tree = run.propose()
+        levels.append(int(depths(tree.parents).max()))
+    assert levels[0] == 6
+    assert 6 > levels[1] > levels[2] >= 1
+
+
 def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -> None:
     _, drafter = drafter_of(target, heads=2, context_vocab=0)
     _, tree = Run(target, drafter, PROMPTS, "best:64x1").propose()
@@ -177,7 +193,9 @@ def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -
 
 @pytest.mark.skipif(library.problem() is not None, reason="needs the native runtime")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4"])
+@pytest.mark.parametrize(
+    "plan", ["best:12x3", "best:30x6", "best:5x2", "best:4x1", "comb:3x5", "comb:2x1", "chain:4", FLOORED]
+)
 @pytest.mark.parametrize(
     "config",
     [
@@ -192,7 +210,7 @@ def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -
     ids=str,
 )
 def test_a_draft_in_one_call_is_the_draft_level_by_level(
-    target: Any, config: dict[str, Any], plan: str, temperature: float
+    target: Any, config: dict[str, Any], plan: str | TreePlan, temperature: float
 ) -> None:
     at_once, by_level = (Run(target, drafter_of(target, **config)[1], PROMPTS, plan) for _ in range(2))
     by_level.drafter._native = None
