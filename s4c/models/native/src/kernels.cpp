@@ -546,20 +546,22 @@ ALONE void score_blocks(const Query* queries, const HalfRows& at, int block, int
         store(scores + stride * static_cast<size_t>(j / KEYS) + j % KEYS * LANES, mul(sums[j], set1(scale)));
 }
 
-// Softmax over logical positions, in lanes of position % 16; gives one over the sum.
-inline float soften(float* scores, int count) {
+// Softmax over logical positions, in lanes of position % 16; gives one over the sum. The highest scores before position
+// `known` are in `most`; `put(i, p)` takes the weights of sixteen positions, zeros behind the last.
+template <class E, class F>
+inline float soften(float* scores, int count, vf most, int known, E power, F put) {
     for (int i = count; i < padded(count); i++) scores[i] = scores[count - 1];
-    vf most = load(scores);
-    for (int i = LANES; i < count; i += LANES) most = maximum(most, load(scores + i));
+    for (int i = known; i < count; i += LANES) most = maximum(most, load(scores + i));
     vf top = set1(max_lanes(most));
     vf sums = zero();
     for (int i = 0; i < count; i += LANES) {
-        vf p = exponential(sub(load(scores + i), top));
-        store(scores + i, p);
+        vf p = power(sub(load(scores + i), top));
         if (i + LANES > count) {
+            store(scores + i, p);
             for (int j = count; j < i + LANES; j++) scores[j] = 0.0f;
             p = load(scores + i);
         }
+        put(i, p);
         sums = add(sums, p);
     }
     return 1.0f / sum_lanes(sums);
@@ -623,6 +625,7 @@ struct Asked {
     float* scores;  // [count, stride]
     size_t stride, width;
     float* sums;  // [count, width]
+    vf* most;     // [count], on tile registers: the highest scores of the whole blocks that all see, lane by lane
 };
 
 // Scores of all queries against all blocks of keys.
@@ -684,9 +687,16 @@ void score(const Asked& asked, const HalfRows& at) {
     for (int q = 0; q < asked.count; q++)
         to_bf16_row(asked.queries[q].head, asked.size, static_cast<int>(at.deep), queries + at.deep * static_cast<size_t>(q));
     tile_blocks(at.keys, at.deep * BLOCK, asked.blocks, static_cast<int>(at.deep / TAKEN), queries, at.deep, [&](const float* sums, int first, int now) {
-        for (int q = 0; q < asked.count; q++)
-            for (int b = 0; b < now; b++)
-                store(asked.scores + asked.stride * static_cast<size_t>(q) + (first + b) * BLOCK, mul(load(sums + (q * GROUP + b) * BLOCK), set1(asked.scale)));
+        int seen = asked.shared / BLOCK - first;
+        for (int q = 0; q < asked.count; q++) {
+            vf most = asked.most[q];
+            for (int b = 0; b < now; b++) {
+                vf scores = mul(load(sums + (q * GROUP + b) * BLOCK), set1(asked.scale));
+                store(asked.scores + asked.stride * static_cast<size_t>(q) + (first + b) * BLOCK, scores);
+                if (b < seen) most = maximum(most, scores);
+            }
+            asked.most[q] = most;
+        }
     });
 }
 
@@ -712,16 +722,6 @@ inline void gather_rest(const Query& query, const float* weights, const HalfRows
 void gather(const Asked& asked, const HalfRows& at) {
     uint16_t* weights = halves(asked) + 16 * at.deep;
     int whole = asked.shared / TAKEN, vectors = static_cast<int>(asked.width) / LANES;
-    for (int q = 0; q < asked.count; q++) {
-        int end = asked.queries[q].prefix + asked.queries[q].length;
-        float* line = asked.scores + asked.stride * static_cast<size_t>(q);
-        uint16_t* half = weights + asked.stride * static_cast<size_t>(q);
-        to_bf16_row(line, padded(end), padded(end), half);
-        for (int i = whole * TAKEN; i < end; i += LANES) {  // what no tile takes is weighed by the same numbers
-            __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))), 16);
-            store(line + i, _mm512_castsi512_ps(bits));
-        }
-    }
     tile_blocks(at.values, at.rows * BLOCK, vectors, whole, weights, asked.stride, [&](const float* sums, int first, int now) {
         for (int q = 0; q < asked.count; q++)
             std::memcpy(asked.sums + asked.width * static_cast<size_t>(q) + first * BLOCK, sums + q * GROUP * BLOCK, sizeof(float) * static_cast<size_t>(now * BLOCK));
@@ -738,23 +738,48 @@ void gather(const Asked& asked, const HalfRows& at) {
 
 #endif
 
+// Softmax of the scores of one query.
+template <class Place>
+inline float weigh(const Asked& asked, const Place&, int q) {
+    float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+    int end = asked.queries[q].prefix + asked.queries[q].length;
+    return soften(line, end, set1(-INFINITY), 0, [](vf x) { return exponential(x); }, [&](int i, vf p) { store(line + i, p); });
+}
+
+#if defined(S4C_AMX)
+// The same rounded for tile registers; what no tile takes is weighed by the same numbers.
+inline float weigh(const Asked& asked, const HalfRows& at, int q) {
+    float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+    uint16_t* half = halves(asked) + 16 * at.deep + asked.stride * static_cast<size_t>(q);
+    int end = asked.queries[q].prefix + asked.queries[q].length, whole = asked.shared / TAKEN * TAKEN;
+    return soften(line, end, asked.most[q], asked.shared / LANES * LANES, [](vf x) { return rough_exponential(x); }, [&](int i, vf p) {
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(p);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), rounded);
+        if (i >= whole) store(line + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    });
+}
+#endif
+
 // Attention of queries that share a slot and a key head. Each query adds up its own logical positions in order.
 template <class Place>
 void attend(const Place& at, const Query* queries, int count, int size, float* scores, size_t stride) {
     Asked asked{queries, count, size, 0, queries[0].prefix, 1.0f / std::sqrt(static_cast<float>(size)), scores, stride,
-                static_cast<size_t>(padded(size)), scores + stride * TOGETHER};
+                static_cast<size_t>(padded(size)), scores + stride * TOGETHER, nullptr};
     for (int q = 0; q < count; q++) {
         int last = queries[q].path[queries[q].length - 1] / LANES + 1;
         asked.blocks = last > asked.blocks ? last : asked.blocks;
         asked.shared = queries[q].prefix < asked.shared ? queries[q].prefix : asked.shared;
     }
+    vf most[TOGETHER];
+    for (vf& lanes : most) lanes = set1(-INFINITY);
+    asked.most = most;
     score(asked, at);
     float inverse[TOGETHER];
     for (int q = 0; q < count; q++) {
         float* line = scores + stride * static_cast<size_t>(q);
         const Query& query = queries[q];
         for (int i = 0; i < query.length; i++) line[query.prefix + i] = line[query.path[i]];  // path[i] >= prefix + i, and ascends
-        inverse[q] = soften(line, query.prefix + query.length);
+        inverse[q] = weigh(asked, at, q);
     }
     gather(asked, at);
     for (int q = 0; q < count; q++)
