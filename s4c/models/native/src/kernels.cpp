@@ -625,7 +625,7 @@ struct Asked {
     float* scores;  // [count, stride]
     size_t stride, width;
     float* sums;  // [count, width]
-    vf* most;     // [count], on tile registers: the highest scores of the whole blocks that all see, lane by lane
+    vf* most;     // [count], the highest scores so far, lane by lane: where tile registers score, of the whole blocks that all see
 };
 
 // Scores of all queries against all blocks of keys.
@@ -743,7 +743,7 @@ template <class Place>
 inline float weigh(const Asked& asked, const Place&, int q) {
     float* line = asked.scores + asked.stride * static_cast<size_t>(q);
     int end = asked.queries[q].prefix + asked.queries[q].length;
-    return soften(line, end, set1(-INFINITY), 0, [](vf x) { return exponential(x); }, [&](int i, vf p) { store(line + i, p); });
+    return soften(line, end, asked.most[q], 0, [](vf x) { return exponential(x); }, [&](int i, vf p) { store(line + i, p); });
 }
 
 #if defined(S4C_AMX)
@@ -763,16 +763,15 @@ inline float weigh(const Asked& asked, const HalfRows& at, int q) {
 // Attention of queries that share a slot and a key head. Each query adds up its own logical positions in order.
 template <class Place>
 void attend(const Place& at, const Query* queries, int count, int size, float* scores, size_t stride) {
+    vf most[TOGETHER];
+    for (int q = 0; q < count; q++) most[q] = set1(-INFINITY);
     Asked asked{queries, count, size, 0, queries[0].prefix, 1.0f / std::sqrt(static_cast<float>(size)), scores, stride,
-                static_cast<size_t>(padded(size)), scores + stride * TOGETHER, nullptr};
+                static_cast<size_t>(padded(size)), scores + stride * TOGETHER, most};
     for (int q = 0; q < count; q++) {
         int last = queries[q].path[queries[q].length - 1] / LANES + 1;
         asked.blocks = last > asked.blocks ? last : asked.blocks;
         asked.shared = queries[q].prefix < asked.shared ? queries[q].prefix : asked.shared;
     }
-    vf most[TOGETHER];
-    for (vf& lanes : most) lanes = set1(-INFINITY);
-    asked.most = most;
     score(asked, at);
     float inverse[TOGETHER];
     for (int q = 0; q < count; q++) {
