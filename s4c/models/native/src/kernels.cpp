@@ -28,11 +28,14 @@ constexpr int TILE_ROWS[] = {6, 5, 4}, ONLY_ROWS[] = {6, 5, 4}, REGISTERS = 5;
 constexpr int TILE_ROWS[] = {3, 3, 3}, ONLY_ROWS[] = {3, 3, 3}, REGISTERS = 6;
 #endif
 constexpr int TALLEST = ONLY_ROWS[FLOAT32];
-// How many bytes of the weights of a block a single tile fetches early, and into which cache; how many tile registers.
-#if defined(__AVX512F__)
-constexpr int AHEAD = 2048, NEAR = 3, TILES_AHEAD = 4;
+// How many bytes of the weights of a block a single tile fetches early, and into which cache; how many of those it then fetches
+// into the first, where that cannot wait for as many lines at a time as the second; how many tile registers.
+#if defined(__AVX512BF16__) && !defined(S4C_AMX)
+constexpr int AHEAD = 6144, NEAR = 2, CLOSE = 1024;
+#elif defined(__AVX512F__)
+constexpr int AHEAD = 2048, NEAR = 3, CLOSE = 0, TILES_AHEAD = 4;
 #else
-constexpr int AHEAD = 3072, NEAR = 2;
+constexpr int AHEAD = 3072, NEAR = 2, CLOSE = 0;
 #endif
 
 struct Span {
@@ -159,7 +162,9 @@ struct Soon {
     size_t jump;  // so far behind
 
     void fetch(int b, int used) const {
-        __builtin_prefetch(at + block * static_cast<size_t>(b) + used * step + (used >= last ? jump : 0), 0, NEAR);
+        const char* line = at + block * static_cast<size_t>(b) + used * step;
+        __builtin_prefetch(line + (used >= last ? jump : 0), 0, NEAR);
+        if (CLOSE && step == 64) __builtin_prefetch(line - AHEAD + CLOSE, 0, 3);
     }
 };
 
@@ -189,12 +194,7 @@ ALONE void tile_bf16(const uint16_t* w, size_t block, int steps, const char* x, 
         auto inputs = [&](int r) { return reinterpret_cast<const Half*>(x + stride * static_cast<size_t>(r)) + 2 * k; };
         for (int b = 0; b < B; b++) soon.fetch(b, k);
 #if defined(__AVX512BF16__)
-        UNROLLED for (int i = 0; i < R * B; i++) {
-            auto pair = [](const void* at) { return (__m512bh)_mm512_loadu_si512(at); };
-            int32_t value;
-            std::memcpy(&value, inputs(i / B), sizeof(value));
-            sums[i] = _mm512_dpbf16_ps(sums[i], pair(weights(i % B)), (__m512bh)_mm512_set1_epi32(value));
-        }
+        UNROLLED for (int i = 0; i < R * B; i++) sums[i] = add_pair_products(_mm512_loadu_si512(weights(i % B)), inputs(i / B), sums[i]);
 #else
         UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(even_halves(weights(i % B)), set1(inputs(i / B)[0]), sums[i]);
         UNROLLED for (int i = 0; i < R * B; i++) sums[i] = fma(odd_halves(weights(i % B)), set1(inputs(i / B)[1]), sums[i]);
@@ -625,21 +625,24 @@ struct Asked {
     float* scores;  // [count, stride]
     size_t stride, width;
     float* sums;  // [count, width]
-    vf* most;     // [count], the highest scores so far, lane by lane: where tile registers score, of the whole blocks that all see
+    vf* most;     // [count], the highest scores so far, lane by lane: where halves meet halves, of the whole blocks that all see
 };
 
-// Scores of all queries against all blocks of keys.
-template <class Place>
-void score(const Asked& asked, const Place& at) {
-    auto some = [&](auto blocks, int b) {
-        each_tile(asked.count, [&](auto number, int q) {
-            score_blocks<decltype(number)::value, decltype(blocks)::value>(asked.queries + q, at, b, asked.size, asked.scale,
-                                                                           asked.scores + asked.stride * static_cast<size_t>(q) + b * LANES, asked.stride);
-        });
-    };
+// Calls f(number of queries, first query, number of blocks, first block) for tiles of all queries and all blocks of keys.
+template <class F>
+inline void each_key_tile(const Asked& asked, F f) {
+    auto some = [&](auto blocks, int b) { each_tile(asked.count, [&](auto number, int q) { f(number, q, blocks, b); }); };
     int b = 0;
     for (; b + VECTORS <= asked.blocks; b += VECTORS) some(std::integral_constant<int, VECTORS>(), b);
     for (; b < asked.blocks; b++) some(std::integral_constant<int, 1>(), b);
+}
+
+template <class Place>
+void score(const Asked& asked, const Place& at) {
+    each_key_tile(asked, [&](auto number, int q, auto blocks, int b) {
+        score_blocks<decltype(number)::value, decltype(blocks)::value>(asked.queries + q, at, b, asked.size, asked.scale,
+                                                                       asked.scores + asked.stride * static_cast<size_t>(q) + b * LANES, asked.stride);
+    });
 }
 
 // Sums of values: the prefix that all share, the rest of each prefix, each path.
@@ -660,10 +663,23 @@ void gather(const Asked& asked, const Place& at) {
     }
 }
 
-#if defined(S4C_AMX)
+#if defined(__AVX512BF16__)
 
-// What tile registers take of up to sixteen queries, behind their sums: the queries, then their weights.
+// Up to sixteen queries rounded to halves, then their weights, behind their sums.
 inline uint16_t* halves(const Asked& asked) { return reinterpret_cast<uint16_t*>(asked.scores + MOST_QUERIES * (asked.stride + round_up(asked.width, 32))); }
+
+inline void round_queries(const Asked& asked, const HalfRows& at) {
+    for (int q = 0; q < asked.count; q++)
+        to_bf16_row(asked.queries[q].head, asked.size, static_cast<int>(at.deep), halves(asked) + at.deep * static_cast<size_t>(q));
+}
+
+inline uint16_t* weights_of(const Asked& asked, const HalfRows& at, int q) { return halves(asked) + 16 * at.deep + asked.stride * static_cast<size_t>(q); }
+
+inline size_t row_at(const Query& query, int t) { return static_cast<size_t>(t < query.prefix ? t : query.path[t - query.prefix]); }
+
+#endif
+
+#if defined(S4C_AMX)
 
 // f(row of sums, first block, number of blocks), for all blocks of 16 outputs, a group of them at a time.
 template <class F>
@@ -683,10 +699,8 @@ inline void tile_blocks(const uint16_t* w, size_t block, int blocks, int steps, 
 }
 
 void score(const Asked& asked, const HalfRows& at) {
-    uint16_t* queries = halves(asked);
-    for (int q = 0; q < asked.count; q++)
-        to_bf16_row(asked.queries[q].head, asked.size, static_cast<int>(at.deep), queries + at.deep * static_cast<size_t>(q));
-    tile_blocks(at.keys, at.deep * BLOCK, asked.blocks, static_cast<int>(at.deep / TAKEN), queries, at.deep, [&](const float* sums, int first, int now) {
+    round_queries(asked, at);
+    tile_blocks(at.keys, at.deep * BLOCK, asked.blocks, static_cast<int>(at.deep / TAKEN), halves(asked), at.deep, [&](const float* sums, int first, int now) {
         int seen = asked.shared / BLOCK - first;
         for (int q = 0; q < asked.count; q++) {
             vf most = asked.most[q];
@@ -703,14 +717,13 @@ void score(const Asked& asked, const HalfRows& at) {
 // The values of the logical positions [begin, end) of one query, by the arithmetic of a tile register: of the positions
 // that it takes in at a time the even ones are added up, the odd ones, and both.
 template <int V>
-inline void gather_rest(const Query& query, const float* weights, const HalfRows& at, size_t vector, int begin, int end, float* out) {
+inline void gather_rest(const Query& query, const uint16_t* weights, const HalfRows& at, size_t vector, int begin, int end, float* out) {
     for (int chunk = begin; chunk < end; chunk += TAKEN) {
         vf sums[2][V];
         for (int v = 0; v < V; v++) sums[0][v] = sums[1][v] = zero();
         for (int t = chunk; t < end && t < chunk + TAKEN; t++) {
-            size_t row = static_cast<size_t>(t < query.prefix ? t : query.path[t - query.prefix]);
-            vf weight = set1(weights[t]);
-            for (int v = 0; v < V; v++) sums[t % 2][v] = fma(weight, value_lanes(at, row, vector + static_cast<size_t>(v)), sums[t % 2][v]);
+            vf weight = set1(bf16_value(weights[t]));
+            for (int v = 0; v < V; v++) sums[t % 2][v] = fma(weight, value_lanes(at, row_at(query, t), vector + static_cast<size_t>(v)), sums[t % 2][v]);
         }
         for (int v = 0; v < V; v++) {
             float* sum = out + (vector + static_cast<size_t>(v)) * LANES;
@@ -720,19 +733,97 @@ inline void gather_rest(const Query& query, const float* weights, const HalfRows
 }
 
 void gather(const Asked& asked, const HalfRows& at) {
-    uint16_t* weights = halves(asked) + 16 * at.deep;
     int whole = asked.shared / TAKEN, vectors = static_cast<int>(asked.width) / LANES;
-    tile_blocks(at.values, at.rows * BLOCK, vectors, whole, weights, asked.stride, [&](const float* sums, int first, int now) {
+    tile_blocks(at.values, at.rows * BLOCK, vectors, whole, weights_of(asked, at, 0), asked.stride, [&](const float* sums, int first, int now) {
         for (int q = 0; q < asked.count; q++)
             std::memcpy(asked.sums + asked.width * static_cast<size_t>(q) + first * BLOCK, sums + q * GROUP * BLOCK, sizeof(float) * static_cast<size_t>(now * BLOCK));
     });
     for (int q = 0; q < asked.count; q++) {
         const Query& query = asked.queries[q];
-        const float* line = asked.scores + asked.stride * static_cast<size_t>(q);
+        const uint16_t* weights = weights_of(asked, at, q);
         float* sum = asked.sums + asked.width * static_cast<size_t>(q);
         int begin = whole * TAKEN, end = query.prefix + query.length, v = 0;
-        for (; v + VECTORS <= vectors; v += VECTORS) gather_rest<VECTORS>(query, line, at, static_cast<size_t>(v), begin, end, sum);
-        for (; v < vectors; v++) gather_rest<1>(query, line, at, static_cast<size_t>(v), begin, end, sum);
+        for (; v + VECTORS <= vectors; v += VECTORS) gather_rest<VECTORS>(query, weights, at, static_cast<size_t>(v), begin, end, sum);
+        for (; v < vectors; v++) gather_rest<1>(query, weights, at, static_cast<size_t>(v), begin, end, sum);
+    }
+}
+
+#elif defined(__AVX512BF16__)
+
+template <int Q, int KEYS>
+ALONE void score_pairs(const uint16_t* queries, const HalfRows& at, int block, int seen, float scale, float* scores, size_t stride, vf* most) {
+    const uint16_t* keys = at.key(static_cast<size_t>(block) * LANES, 0);
+    vf sums[Q * KEYS];
+    UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = zero();
+    for (size_t i = 0; i < at.deep; i += 2) {
+        auto cells = [&](int b) { return keys + (static_cast<size_t>(b) * at.deep + i) * LANES; };
+        auto pair = [&](int q) { return queries + at.deep * static_cast<size_t>(q) + i; };
+        for (int b = 0; b < KEYS; b++) __builtin_prefetch(cells(b + KEYS), 0, 3);
+        UNROLLED for (int j = 0; j < Q * KEYS; j++) sums[j] = add_pair_products(_mm512_loadu_si512(cells(j % KEYS)), pair(j / KEYS), sums[j]);
+    }
+    UNROLLED for (int j = 0; j < Q * KEYS; j++) {
+        vf scaled = mul(sums[j], set1(scale));
+        store(scores + stride * static_cast<size_t>(j / KEYS) + j % KEYS * LANES, scaled);
+        if (block + j % KEYS < seen) most[j / KEYS] = maximum(most[j / KEYS], scaled);
+    }
+}
+
+void score(const Asked& asked, const HalfRows& at) {
+    round_queries(asked, at);
+    each_key_tile(asked, [&](auto number, int q, auto blocks, int b) {
+        score_pairs<decltype(number)::value, decltype(blocks)::value>(halves(asked) + at.deep * static_cast<size_t>(q), at, b, asked.shared / LANES, asked.scale,
+                                                                      asked.scores + asked.stride * static_cast<size_t>(q) + b * LANES, asked.stride, asked.most + q);
+    });
+}
+
+// Weighted values of `pairs` pairs of the prefix: V vectors of them for Q queries.
+template <int Q, int V>
+ALONE void mix_pairs(const uint16_t* weights, size_t stride, const HalfRows& at, size_t vector, size_t width, int pairs, float* out) {
+    vf sums[Q * V];
+    UNROLLED for (int j = 0; j < Q * V; j++) sums[j] = zero();
+    for (int i = 0; i < pairs; i++) {
+        size_t row = 2 * static_cast<size_t>(i);
+        __m512i values[V];
+        UNROLLED for (int v = 0; v < V; v++) {
+            values[v] = _mm512_loadu_si512(at.value(row, (vector + static_cast<size_t>(v)) * LANES));
+            __builtin_prefetch(at.value(row + ROWS_AHEAD, (vector + static_cast<size_t>(v)) * LANES), 0, 3);
+        }
+        UNROLLED for (int j = 0; j < Q * V; j++) sums[j] = add_pair_products(values[j % V], weights + stride * static_cast<size_t>(j / V) + row, sums[j]);
+    }
+    UNROLLED for (int j = 0; j < Q * V; j++) store(out + width * static_cast<size_t>(j / V) + (vector + static_cast<size_t>(j % V)) * LANES, sums[j]);
+}
+
+// The values of two rows of the cache side by side.
+inline __m512i pair_of(const HalfRows& at, size_t even, size_t odd, size_t lane) {
+    const uint16_t *a = at.value(even / 2 * 2, lane), *b = at.value(odd / 2 * 2, lane);
+    __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    if (even % 2) first = _mm512_srli_epi32(first, 16);
+    if (odd % 2 == 0) second = _mm512_slli_epi32(second, 16);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
+}
+
+// Pairs of logical positions meet a pair of values in one way, wherever in the cache these lie; the last one may be alone.
+void gather(const Asked& asked, const HalfRows& at) {
+    int whole = asked.shared / 2;
+    size_t vectors = asked.width / LANES;
+    each_tile(asked.count, [&](auto number, int q) {
+        constexpr int Q = decltype(number)::value;
+        const uint16_t* weights = weights_of(asked, at, q);
+        float* sums = asked.sums + asked.width * static_cast<size_t>(q);
+        size_t v = 0;
+        for (; v + VECTORS <= vectors; v += VECTORS) mix_pairs<Q, VECTORS>(weights, asked.stride, at, v, asked.width, whole, sums);
+        for (; v < vectors; v++) mix_pairs<Q, 1>(weights, asked.stride, at, v, asked.width, whole, sums);
+    });
+    for (int q = 0; q < asked.count; q++) {
+        const Query& query = asked.queries[q];
+        const uint16_t* weights = weights_of(asked, at, q);
+        for (int t = 2 * whole, end = query.prefix + query.length; t < end; t += 2) {
+            size_t even = row_at(query, t), odd = t + 1 < end ? row_at(query, t + 1) : even;
+            for (size_t v = 0; v < vectors; v++) {
+                float* sum = asked.sums + asked.width * static_cast<size_t>(q) + v * LANES;
+                store(sum, add_pair_products(pair_of(at, even, odd, v * LANES), weights + t, load(sum)));
+            }
+        }
     }
 }
 
@@ -746,17 +837,14 @@ inline float weigh(const Asked& asked, const Place&, int q) {
     return soften(line, end, asked.most[q], 0, [](vf x) { return exponential(x); }, [&](int i, vf p) { store(line + i, p); });
 }
 
-#if defined(S4C_AMX)
-// The same rounded for tile registers; what no tile takes is weighed by the same numbers.
+#if defined(__AVX512BF16__)
+// The same rounded to halves, zeros behind the last.
 inline float weigh(const Asked& asked, const HalfRows& at, int q) {
+    uint16_t* half = weights_of(asked, at, q);
     float* line = asked.scores + asked.stride * static_cast<size_t>(q);
-    uint16_t* half = halves(asked) + 16 * at.deep + asked.stride * static_cast<size_t>(q);
-    int end = asked.queries[q].prefix + asked.queries[q].length, whole = asked.shared / TAKEN * TAKEN;
-    return soften(line, end, asked.most[q], asked.shared / LANES * LANES, [](vf x) { return rough_exponential(x); }, [&](int i, vf p) {
-        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(p);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), rounded);
-        if (i >= whole) store(line + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
-    });
+    int end = asked.queries[q].prefix + asked.queries[q].length;
+    return soften(line, end, asked.most[q], asked.shared / LANES * LANES, [](vf x) { return rough_exponential(x); },
+                  [&](int i, vf p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), (__m256i)_mm512_cvtneps_pbh(p)); });
 }
 #endif
 

@@ -43,6 +43,15 @@ inline vf odd_halves(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+#if defined(__AVX512BF16__)
+// Of each lane a pair of halves, times one pair, which is added up.
+inline vf add_pair_products(__m512i pairs, const uint16_t* pair, vf sums) {
+    int32_t both;
+    std::memcpy(&both, pair, sizeof(both));
+    return _mm512_dpbf16_ps(sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(both));
+}
+#endif
+
 // Pairs of lanes that are STRIDE apart become their sum and their difference.
 template <int STRIDE>
 inline vf butterfly(vf x) {
