@@ -142,11 +142,13 @@ def verdict_of(tokens: list[int], committed: list[int]) -> Verdict:
 class Text:
     """A text that a drafter guesses right, token by token, with a given chance, and a planner that drafts for it.
 
-    The drafter's first child is 1 and its second 2; the text goes on by as many ones as are right, then by a 9.
+    The drafter's first child is 1 and its second 2; the text goes on by as many ones as are right, then by a 9. Rounds
+    cost what is measured, or what is `true`.
     """
 
-    def __init__(self, planner: CostPlanner, seed: int = 0) -> None:
+    def __init__(self, planner: CostPlanner, seed: int = 0, true: Costs | None = None) -> None:
         self.planner, self.random = planner, random.Random(seed)
+        self.costs = true or planner.costs
         self.levels: list[int] = []
         self.seconds = self.tokens = 0.0
 
@@ -171,7 +173,7 @@ class Text:
         depth = tree.tokens[0].tolist().count(1)
         accepted = min(ahead, depth)
         committed = [1] * accepted + [1 if ahead > accepted else 9]
-        seconds = seconds_of(planner.costs, tree.size, levels)
+        seconds = seconds_of(self.costs, tree.size, levels)
         planner.record(verdict_of([], committed), seconds)
         self.levels.append(levels)
         self.seconds += sum(seconds.values())
@@ -204,6 +206,16 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_depth(right: float) -> None:
     texts = [Text(planner, seed).run(400, right) for seed in range(1, 6)]
     seconds, tokens = (sum(getattr(text, name) for text in texts) for name in ("seconds", "tokens"))
     assert seconds / tokens < 1.03 * best
+
+
+def test_it_finds_out_that_passes_were_measured_in_a_bad_moment() -> None:
+    """Narrow passes were as slow as wide ones then, and are not: it had never seen one if it did not look."""
+    true = Costs({n: 1.0 if n < 7 else 2.0 for n in range(1, 33)}, LEVELS)
+    measured = Costs(dict.fromkeys(true.passes, 2.0), LEVELS)
+    knowing, planner = CostPlanner(Costs(true.passes, LEVELS)), CostPlanner(measured)
+    for seed, rounds, least, most in ((0, 30, 1.5, 3.0), (1, 300, 0.9, 1.5), (2, 400, 0.98, 1.02)):
+        best, text = (Text(p, seed, true).run(rounds, 0.8) for p in (knowing, planner))
+        assert least < text.seconds / text.tokens / (best.seconds / best.tokens) < most
 
 
 def test_it_adapts_when_the_text_changes() -> None:

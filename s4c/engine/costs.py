@@ -6,12 +6,13 @@
              tree of the l levels that they drafted in the round before
     P        seconds that probes add to a pass over as many other rows
 
-The least of several times is taken: other work on the machine makes a pass longer, never shorter, and what counts is
-how these times stand to each other. A file holds them for each machine, target and drafter, below the folder `costs` of
-the cache. While generating, what the rounds take corrects them: the pace, by which a pass takes longer now than when it
-was measured (a busy machine, costly sampling), told apart for passes of few tokens and of more, and the drafts of each
-batch size. All are medians of the last rounds, which one slow round does not move. So a file stays good on a machine
-that has become slower, and what it says of wide passes is soon corrected where it was taken in a bad moment.
+The least of several times is taken, of passes at two moments: other work on the machine makes a pass longer, never
+shorter, and what counts is how these times stand to each other. A file holds them for each machine, target and drafter,
+below the folder `costs` of the cache. While generating, what the rounds take corrects them: the pace, by which a pass
+takes longer now than when it was measured (a busy machine, costly sampling), told apart for bands of widths, and the
+drafts of each batch size. All are medians of the last rounds, which one slow round does not move. The planner sees to
+it that the bands beside those of its trees are looked at now and then. So a file stays good on a machine that has
+become slower, and what it says of some passes is soon corrected where it was taken in a bad moment.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import platform
 import tempfile
 import time
 import warnings
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ from s4c.verify.rules import coupled, walked
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 8
+FORMAT = 9
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 15, 16, 17, 20, 24, 32)
@@ -57,7 +59,7 @@ CONTEXT, LONG_CONTEXT = 200, 700
 FEW, MANY = 1, 16
 """Tokens of the passes by which that, and whether a file still holds, is told."""
 
-REPEATS = 7
+REPEATS = 5
 RECENT = 15
 """Rounds whose medians count."""
 
@@ -67,18 +69,29 @@ TRUSTED = 1.25
 LOOKS = 4
 """Passes of each size by which that is told."""
 
-NARROW = 2
-"""Most tokens of a pass that has the pace of narrow ones."""
+BANDS = (2, 6, 10, 13, 16, 24)
+"""Most tokens of the passes of each band but the last: within one, arithmetic and memory bound a pass alike."""
 
-LENT = 10
-"""Each so many passes of one kind on end tell of the other kind too, which has not been seen for as long."""
+BELIEVED = 3
+"""Passes for which the pace of the nearest band stands where one is seen for the first time."""
+
+LOOK = 32
+"""Passes elsewhere after which a band beside the present one is to be seen again."""
+
+LENT = 100
+"""Each so many passes of other bands tell of one that has not been seen for as long."""
 
 
 class Recent:
-    """The median of the last values."""
+    """The median of the last values.
 
-    def __init__(self, start: float) -> None:
-        self._values = deque([start], maxlen=RECENT)
+    Args:
+        start: a first value.
+        times: that it counts.
+    """
+
+    def __init__(self, start: float, times: int = 1) -> None:
+        self._values = deque([start] * times, maxlen=RECENT)
         self.middle = start
 
     def add(self, value: float) -> None:
@@ -87,27 +100,62 @@ class Recent:
 
 
 class Paces:
-    """By how much passes take longer now than when they were measured, told apart by their width."""
+    """By how much passes take longer now than when they were measured, told apart by their width.
+
+    Narrow ones wait for memory and wide ones for arithmetic, and either may have been slow when passes were measured.
+
+    Attributes:
+        latest: that of the band of the last pass.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[bool, Recent] = {}
-        self._last, self._run = True, 0
+        self.latest = 1.0
+        self._of: dict[int, Recent] = {}
+        self._ages = [0] * (len(BANDS) + 1)
 
     def add(self, tokens: int, pace: float) -> None:
         """Count a pass of so many tokens."""
-        narrow = tokens <= NARROW
-        self._run = self._run + 1 if narrow == self._last else 1
-        self._last = narrow
-        self._of.setdefault(narrow, Recent(1.0)).add(pace)
-        other = self._of.get(not narrow)
-        if other and self._run % LENT == 0:
-            other.add(pace)
+        band = band_of(tokens)
+        if band not in self._of:
+            self._of[band] = Recent(self.by_band()[band], BELIEVED)
+        self._of[band].add(pace)
+        self.latest = self._of[band].middle
+        self._ages = [age + 1 for age in self._ages]
+        self._ages[band] = 0
+        for other, recent in self._of.items():
+            if self._ages[other] and self._ages[other] % LENT == 0:
+                recent.add(pace)
 
-    def of(self, tokens: int) -> float:
-        """Of passes of so many tokens; while none like them was seen, that of the others."""
-        narrow = tokens <= NARROW
-        recent = self._of.get(narrow) or self._of.get(not narrow)
-        return recent.middle if recent else 1.0
+    def by_band(self) -> list[float]:
+        """Of each band; of one that was not seen, that of the nearest that was."""
+        if not self._of:
+            return [1.0] * len(self._ages)
+        nearest = (min(self._of, key=lambda seen: abs(seen - band)) for band in range(len(self._ages)))
+        return [self._of[seen].middle for seen in nearest]
+
+    def neglected(self, tokens: int, most: int) -> int:
+        """A number of tokens, up to `most`, of which it should be seen again what they cost; else the tokens.
+
+        It is the nearest one in a band beside theirs that has not been seen for `LOOK` passes. Passes of the lowest
+        band are those of rounds that do not draft, and seen there.
+        """
+        band = band_of(tokens)
+        below = BANDS[band - 1] if band > 1 and self._ages[band - 1] >= LOOK else 0
+        above = BANDS[band] + 1 if band < len(BANDS) and self._ages[band + 1] >= LOOK else 0
+        if above and above <= most and (not below or self._ages[band + 1] > self._ages[band - 1]):
+            return above
+        return below or tokens
+
+
+def band_of(tokens: int) -> int:
+    """The band of a pass of so many tokens."""
+    return bisect_left(BANDS, tokens)
+
+
+@lru_cache(maxsize=8)
+def _bands(batch: int, most: int) -> list[int]:
+    """Those of passes over 0 to `most` nodes of each sequence."""
+    return [band_of(batch * nodes) for nodes in range(most + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +164,7 @@ class Prices:
 
     Attributes:
         passes: by nodes of each tree, as they were measured.
-        paces: by which the passes, and drafts beside them, take longer now.
+        paces: by which they take longer now.
         drafts: by levels.
         rest: of a round.
         probing: P.
@@ -131,7 +179,7 @@ class Prices:
     def round(self, nodes: int, levels: int, probing: bool = False) -> float:
         """Of a round with trees of that many nodes, probes among them or not, after a draft of that many levels."""
         draft = self.drafts[levels] if levels < len(self.drafts) else 0.0
-        return self.paces[nodes] * (self.passes[nodes] + probing * self.probing + draft) + self.rest
+        return self.paces[nodes] * (self.passes[nodes] + probing * self.probing) + draft + self.rest
 
 
 class Costs:
@@ -175,13 +223,13 @@ class Costs:
 
     def prices(self, batch: int, most: int, further: int = 0) -> Prices:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
-        narrow, wide = self._paces.of(NARROW), self._paces.of(NARROW + 1)
+        paces = self._paces.by_band()
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
         return Prices(
             self._passes(batch, most, further),
-            [narrow if batch * nodes <= NARROW else wide for nodes in range(most + 1)],
-            [drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
+            [paces[band] for band in _bands(batch, most)],
+            [self._paces.latest * drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
             self.probing,
         )
@@ -200,9 +248,14 @@ class Costs:
         expected = self._pass(batch, nodes, further) + probing * self.probing
         self._paces.add(batch * nodes, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        draft = seconds["draft"] / self._paces.of(batch * nodes)
+        draft = seconds["draft"] / self._paces.latest
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
+
+    def neglected(self, batch: int, nodes: int, most: int) -> int:
+        """`Paces.neglected` for trees: the size that those of this round should have, at most that of the drafted ones."""
+        tokens = self._paces.neglected(batch * nodes, batch * most)
+        return tokens // batch if tokens <= batch * nodes else -(-tokens // batch)
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
@@ -239,9 +292,11 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
     if costs is not None and not _outdated(costs, target):
         return costs
     with status("measuring what a pass costs here, once"):
-        passes = pass_seconds(target, judged(target), SIZES, of=min)
-        drafts, probing = draft_seconds(target, drafter, plans, passes)
-        costs = Costs(passes, drafts, attention_seconds(target, passes), probing)
+        first = pass_seconds(target, judged(target), SIZES, of=min)
+        drafts, probing = draft_seconds(target, drafter, plans, first)
+        attention = attention_seconds(target, first)
+        again = pass_seconds(target, judged(target), SIZES, of=min)
+        costs = Costs({n: min(seconds, again[n]) for n, seconds in first.items()}, drafts, attention, probing)
     _write(file, costs)
     return costs
 

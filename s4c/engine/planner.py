@@ -23,9 +23,11 @@ checked or not, for the round tells which token came there. So are the sizes dec
 A drafter with probes drafts for the round after: l says whether it hangs them, and what the probes of the round before
 have drafted is checked as far as it is worth its pass, whatever l is.
 
-What is not tried is not known. Where nothing is drafted, the planner tries all the same, but spends no more than
-`TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns quickly when the text
-changes. An estimate of a level that is not drafted, though the one before was right, fades to that of the one before.
+What is not tried is not known. Now and then a tree is a little smaller or larger than the best one, so that it is seen
+what passes of that width cost by now (`Costs.neglected`). Where nothing is drafted, the planner tries all the same, but
+spends no more than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns
+quickly when the text changes. An estimate of a level that is not drafted, though the one before was right, fades to
+that of the one before.
 
 Lossless: under the coupled rule the output does not depend on the trees at all. Under the rejection rule it is exact in
 law when a tree is a function of the committed text, of the drafter's laws below it, and of randomness that the
@@ -187,6 +189,8 @@ class CostPlanner:
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
+        if now.size > 1:
+            now.size = self.costs.neglected(now.batch, now.size, tree.size)
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
