@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test check sanitize clean
 
 demo: .venv/ready
-	$(BIN)/s4c generate --compare --max-new-tokens 192 "Explain to a child why the sky is blue."
+	$(BIN)/s4c generate --compare --max-new-tokens 192 "Tell me a short story about a fox who learns to swim."
 
 test: check
 	$(BIN)/python -m pytest

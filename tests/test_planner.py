@@ -342,7 +342,8 @@ class WildCosts(Costs):
         def some(count: int) -> list[float]:
             return [self.random.uniform(0.1, 1.0) for _ in range(count)]
 
-        return Prices(some(most + 1), some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
+        bands = list(range(most + 1))
+        return Prices(some(most + 1), bands, some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
 
 
 @pytest.fixture(scope="module")

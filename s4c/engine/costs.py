@@ -111,6 +111,7 @@ class Paces:
     def __init__(self) -> None:
         self.latest = 1.0
         self._of: dict[int, Recent] = {}
+        self._nearest: list[int] = []
         self._ages = [0] * (len(BANDS) + 1)
 
     def add(self, tokens: int, pace: float) -> None:
@@ -118,20 +119,18 @@ class Paces:
         band = band_of(tokens)
         if band not in self._of:
             self._of[band] = Recent(self.by_band()[band], BELIEVED)
+            self._nearest = [min(self._of, key=lambda seen: abs(seen - b)) for b in range(len(self._ages))]
         self._of[band].add(pace)
         self.latest = self._of[band].middle
         self._ages = [age + 1 for age in self._ages]
         self._ages[band] = 0
         for other, recent in self._of.items():
-            if self._ages[other] and self._ages[other] % LENT == 0:
+            if other != band and self._ages[other] % LENT == 0:
                 recent.add(pace)
 
     def by_band(self) -> list[float]:
         """Of each band; of one that was not seen, that of the nearest that was."""
-        if not self._of:
-            return [1.0] * len(self._ages)
-        nearest = (min(self._of, key=lambda seen: abs(seen - band)) for band in range(len(self._ages)))
-        return [self._of[seen].middle for seen in nearest]
+        return [self._of[seen].middle for seen in self._nearest] or [1.0] * len(self._ages)
 
     def neglected(self, tokens: int, most: int) -> int:
         """A number of tokens, up to `most`, of which it should be seen again what they cost; else the tokens.
@@ -164,13 +163,15 @@ class Prices:
 
     Attributes:
         passes: by nodes of each tree, as they were measured.
-        paces: by which they take longer now.
+        bands: of these passes.
+        paces: by which those of a band take longer now.
         drafts: by levels.
         rest: of a round.
         probing: P.
     """
 
     passes: list[float]
+    bands: list[int]
     paces: list[float]
     drafts: list[float]
     rest: float
@@ -179,7 +180,8 @@ class Prices:
     def round(self, nodes: int, levels: int, probing: bool = False) -> float:
         """Of a round with trees of that many nodes, probes among them or not, after a draft of that many levels."""
         draft = self.drafts[levels] if levels < len(self.drafts) else 0.0
-        return self.paces[nodes] * (self.passes[nodes] + probing * self.probing) + draft + self.rest
+        passed = self.passes[nodes] + probing * self.probing
+        return self.paces[self.bands[nodes]] * passed + draft + self.rest
 
 
 class Costs:
@@ -223,12 +225,12 @@ class Costs:
 
     def prices(self, batch: int, most: int, further: int = 0) -> Prices:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
-        paces = self._paces.by_band()
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
         return Prices(
             self._passes(batch, most, further),
-            [paces[band] for band in _bands(batch, most)],
+            _bands(batch, most),
+            self._paces.by_band(),
             [self._paces.latest * drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
             self.probing,
@@ -253,7 +255,7 @@ class Costs:
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
     def neglected(self, batch: int, nodes: int, most: int) -> int:
-        """`Paces.neglected` for trees: the size that those of this round should have, at most that of the drafted ones."""
+        """`Paces.neglected` for trees: the size that they should have now, at most that of what was drafted."""
         tokens = self._paces.neglected(batch * nodes, batch * most)
         return tokens // batch if tokens <= batch * nodes else -(-tokens // batch)
 
