@@ -58,8 +58,8 @@ def test_the_cost_of_attention_is_that_of_a_quiet_machine(
 
 def test_costs_lie_on_straight_lines_that_never_fall() -> None:
     costs = Costs({1: 2.0, 2: 4.0, 4: 3.0, 8: 8.0}, {0: 0.0, 3: 1.0})
-    assert [costs.round(1, n, 0) for n in range(1, 9)] == [2, 4, 4, 4, 5, 6, 7, 8]
-    assert costs.round(1, 12, 0) == 12
+    assert [costs.round(1, n, 0) for n in range(1, 9)] == [2, 3, 3, 3, 4.25, 5.5, 6.75, 8]
+    assert costs.round(1, 12, 0) == 13
     assert costs.round(2, 4, 3) == 9
     assert costs.round(2, 4, 3) == costs.round(4, 2, 3)
 

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,7 +59,7 @@ CONTEXT, LONG_CONTEXT = 200, 700
 FEW, MANY = 1, 16
 """Tokens of the passes by which that, and whether a file still holds, is told."""
 
-REPEATS = 5
+REPEATS = 9
 RECENT = 15
 """Rounds whose medians count."""
 
@@ -273,11 +273,15 @@ class Costs:
 
 
 def _between(passes: Mapping[int, float]) -> list[float]:
-    """T(n) for n = 0 .. the largest measured: straight lines between what was measured, never falling."""
+    """T(n) for n = 0 .. the largest measured: straight lines between what was measured, never falling.
+
+    More tokens never take less, and only the least of several times is right: a pass that took longer than a wider one
+    was measured in a bad moment, and takes no longer than that one.
+    """
+    least = list(accumulate([*passes.values()][::-1], min))[::-1]
     sizes = list(passes)
-    table = [passes[sizes[0]]] * (sizes[0] + 1)
-    for low, high in pairwise(sizes):
-        start, end = table[-1], max(table[-1], passes[high])
+    table = [least[0]] * (sizes[0] + 1)
+    for (low, start), (high, end) in pairwise(zip(sizes, least, strict=True)):
         table += [start + (end - start) * step / (high - low) for step in range(1, high - low + 1)]
     return table
 
