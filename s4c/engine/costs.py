@@ -255,9 +255,10 @@ class Costs:
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
     def neglected(self, batch: int, nodes: int, most: int) -> int:
-        """`Paces.neglected` for trees: the size that they should have now, at most that of what was drafted."""
+        """`Paces.neglected` for trees: the size that they should have now, from 2 to that of what was drafted."""
         tokens = self._paces.neglected(batch * nodes, batch * most)
-        return tokens // batch if tokens <= batch * nodes else -(-tokens // batch)
+        size = tokens // batch if tokens <= batch * nodes else -(-tokens // batch)
+        return size if size > 1 else nodes
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
