@@ -103,20 +103,24 @@ def test_a_pace_of_long_ago_is_forgotten() -> None:
 def test_sizes_beside_the_present_one_are_looked_at_in_turns() -> None:
     costs, sizes = Costs({1: 1.0, 32: 2.0}, LEVELS), []
     for _ in range(4 * costs_module.LOOK):
-        sizes.append(costs.neglected(1, 9, 12))
+        sizes.append(costs.size_to_see(1, 9, 12))
         costs.observe(1, sizes[-1], 2, seconds_of(costs, sizes[-1], 2))
     assert {6, 9, 11} == set(sizes)
     assert sizes.count(9) > 0.9 * len(sizes)
 
 
-@pytest.mark.parametrize("batch", [2, 5, 8, 13, 32])
-def test_a_tree_that_is_looked_at_is_one_that_was_drafted(batch: int) -> None:
-    costs = Costs({1: 1.0, 32: 2.0}, LEVELS)
+@pytest.mark.parametrize("probes", [0, 5])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 13, 32])
+def test_sizes_are_looked_at_seldom_and_are_those_of_trees(batch: int, probes: int) -> None:
+    """Where no size falls into the band that is due, none is looked at: it would be due for ever."""
     for nodes in range(2, 9):
-        for _ in range(3 * costs_module.LOOK):
-            size = costs.neglected(batch, nodes, 8)
-            assert 2 <= size <= 8
-            costs.observe(batch, size, 2, seconds_of(costs, size, 2))
+        costs, sizes = Costs({1: 1.0, 32: 2.0}, LEVELS), []
+        for _ in range(6 * costs_module.LOOK):
+            sizes.append(costs.size_to_see(batch, nodes, 8, probes))
+            tokens = batch * (sizes[-1] + probes)
+            costs.observe(batch, sizes[-1] + probes, 2, seconds_of(costs, tokens, 2))
+        assert set(sizes) <= set(range(2, 9))
+        assert sizes.count(nodes) > 0.9 * len(sizes)
 
 
 def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:

@@ -132,18 +132,14 @@ class Paces:
         """Of each band; of one that was not seen, that of the nearest that was."""
         return [self._of[seen].middle for seen in self._nearest] or [1.0] * len(self._ages)
 
-    def neglected(self, tokens: int, most: int) -> int:
-        """A number of tokens, up to `most`, of which it should be seen again what they cost; else the tokens.
+    def due(self, band: int) -> list[int]:
+        """The bands beside one that have not been seen for `LOOK` passes, the one of longest ago first.
 
-        It is the nearest one in a band beside theirs that has not been seen for `LOOK` passes. Passes of the lowest
-        band are those of rounds that do not draft, and seen there.
+        Passes of the lowest band are those of rounds that do not draft, and seen there.
         """
-        band = band_of(tokens)
-        below = BANDS[band - 1] if band > 1 and self._ages[band - 1] >= LOOK else 0
-        above = BANDS[band] + 1 if band < len(BANDS) and self._ages[band + 1] >= LOOK else 0
-        if above and above <= most and (not below or self._ages[band + 1] > self._ages[band - 1]):
-            return above
-        return below or tokens
+        beside = [other for other in (band - 1, band + 1) if 0 < other < len(self._ages)]
+        unseen = [other for other in beside if self._ages[other] >= LOOK]
+        return sorted(unseen, key=self._ages.__getitem__, reverse=True)
 
 
 def band_of(tokens: int) -> int:
@@ -151,7 +147,7 @@ def band_of(tokens: int) -> int:
     return bisect_left(BANDS, tokens)
 
 
-@lru_cache(maxsize=8)
+@lru_cache
 def _bands(batch: int, most: int) -> list[int]:
     """Those of passes over 0 to `most` nodes of each sequence."""
     return [band_of(batch * nodes) for nodes in range(most + 1)]
@@ -254,11 +250,21 @@ class Costs:
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
 
-    def neglected(self, batch: int, nodes: int, most: int) -> int:
-        """`Paces.neglected` for trees: the size that they should have now, from 2 to that of what was drafted."""
-        tokens = self._paces.neglected(batch * nodes, batch * most)
-        size = tokens // batch if tokens <= batch * nodes else -(-tokens // batch)
-        return size if size > 1 else nodes
+    def size_to_see(self, batch: int, nodes: int, most: int, probes: int = 0) -> int:
+        """The size that trees should have, so that it is seen now and then what passes of other widths cost.
+
+        Args:
+            batch: sequences.
+            nodes: of each tree as it would be best, at least 2.
+            most: that were drafted.
+            probes: rows beside each tree.
+        """
+        bands = _bands(batch, most + probes)
+        for band in self._paces.due(bands[nodes + probes]):
+            sizes = [size for size in range(2, most + 1) if bands[size + probes] == band]
+            if sizes:
+                return min(sizes, key=lambda size: abs(size - nodes))
+        return nodes
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""

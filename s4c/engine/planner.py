@@ -24,7 +24,7 @@ A drafter with probes drafts for the round after: l says whether it hangs them, 
 have drafted is checked as far as it is worth its pass, whatever l is.
 
 What is not tried is not known. Now and then a tree is a little smaller or larger than the best one, so that it is seen
-what passes of that width cost by now (`Costs.neglected`). Where nothing is drafted, the planner tries all the same, but
+what passes of that width cost by now (`Costs.size_to_see`). Where nothing is drafted, the planner tries all the same, but
 spends no more than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns
 quickly when the text changes. An estimate of a level that is not drafted, though the one before was right, fades to
 that of the one before.
@@ -190,7 +190,7 @@ class CostPlanner:
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
         if now.size > 1:
-            now.size = self.costs.neglected(now.batch, now.size, tree.size)
+            now.size = self.costs.size_to_see(now.batch, now.size, tree.size, self._beside(now.levels))
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]

@@ -637,6 +637,7 @@ inline void each_key_tile(const Asked& asked, F f) {
     for (; b < asked.blocks; b++) some(std::integral_constant<int, 1>(), b);
 }
 
+// Scores of all queries against all blocks of keys.
 template <class Place>
 void score(const Asked& asked, const Place& at) {
     each_key_tile(asked, [&](auto number, int q, auto blocks, int b) {
