@@ -24,10 +24,10 @@ A drafter with probes drafts for the round after: l says whether it hangs them, 
 have drafted is checked as far as it is worth its pass, whatever l is.
 
 What is not tried is not known. Now and then a tree is a little smaller or larger than the best one, so that it is seen
-what passes of that width cost by now (`Costs.size_to_see`). Where nothing is drafted, the planner tries all the same, but
-spends no more than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns
-quickly when the text changes. An estimate of a level that is not drafted, though the one before was right, fades to
-that of the one before.
+what passes of that width cost by now (`Costs.size_to_see`). Where nothing is drafted, the planner tries all the same,
+but spends no more than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it
+returns quickly when the text changes. An estimate of a level that is not drafted, though the one before was right,
+fades to that of the one before.
 
 Lossless: under the coupled rule the output does not depend on the trees at all. Under the rejection rule it is exact in
 law when a tree is a function of the committed text, of the drafter's laws below it, and of randomness that the
