@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel
 from s4c.engine import costs as costs_module
 from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
 from s4c.engine.planner import DEEPEST, CostPlanner, plans_by_levels
+from s4c.engine.stats import STEPS
 from s4c.models.loading import load_target
 from s4c.types import DraftTree
 from s4c.verify.tree import from_paths
@@ -89,38 +92,46 @@ def test_what_a_wide_pass_costs_is_corrected_by_rounds() -> None:
     assert costs.round(1, 1, 0) == pytest.approx(true.round(1, 1, 0), rel=0.01)
 
 
-def test_a_pace_of_long_ago_is_forgotten() -> None:
-    """Wide passes were slow while other work ran; since then there were none, and they pass for as fast as the rest."""
-    costs = Costs({1: 1.0, 32: 2.0}, LEVELS)
-    slow = {step: 3 * seconds for step, seconds in seconds_of(costs, 16, 1).items()}
-    for _ in range(costs_module.RECENT):
-        costs.observe(1, 16, 1, slow)
-    for _ in range(costs_module.LENT * costs_module.RECENT):
-        costs.observe(1, 1, 0, seconds_of(costs, 1, 0))
-    assert costs.round(1, 16, 0) == pytest.approx(costs.passes[1] + 15 / 31 + LEVELS[0], rel=0.01)
+def rounds(costs: Costs, seconds: Callable[[int, int], float], sizes: Sequence[int]) -> None:
+    """Rounds with trees of these sizes, whose passes take `seconds(number, size)`."""
+    for number, size in enumerate(sizes):
+        costs.observe(1, size, 2, dict.fromkeys(STEPS, 0.0) | {"verify": seconds(number, size)})
 
 
-def test_sizes_beside_the_present_one_are_looked_at_in_turns() -> None:
-    costs, sizes = Costs({1: 1.0, 32: 2.0}, LEVELS), []
-    for _ in range(4 * costs_module.LOOK):
-        sizes.append(costs.size_to_see(1, 9, 12))
-        costs.observe(1, sizes[-1], 2, seconds_of(costs, sizes[-1], 2))
-    assert {6, 9, 11} == set(sizes)
-    assert sizes.count(9) > 0.9 * len(sizes)
+@pytest.mark.parametrize("slope", [-0.02, 0.0, 0.03, 0.06])
+def test_what_a_node_costs_is_told_from_trees_of_many_sizes(slope: float) -> None:
+    """The machine becomes slower and faster meanwhile, by half and in steps, and each pass is off by up to a tenth."""
+    costs = Costs({1: 1.0, 8: 1.2, 32: 6.0}, dict.fromkeys(LEVELS, 0.0))
+    chance = random.Random(0)
+    sizes = [chance.randint(5, 12) for _ in range(400)]
+
+    def seconds(number: int, size: int) -> float:
+        return (
+            (1.0, 1.5, 1.2)[number // 50 % 3] * costs._table[size] * (1 + slope * (size - 8)) * chance.uniform(0.9, 1.1)
+        )
+
+    rounds(costs, seconds, sizes)
+    passes = costs.prices(1, 16).passes
+    told = passes[10] / costs._table[10] / (passes[7] / costs._table[7])
+    assert told == pytest.approx((1 + 2 * slope) / (1 - slope), abs=0.04)
 
 
-@pytest.mark.parametrize("probes", [0, 5])
-@pytest.mark.parametrize("batch", [1, 2, 5, 8, 13, 32])
-def test_sizes_are_looked_at_seldom_and_are_those_of_trees(batch: int, probes: int) -> None:
-    """Where no size falls into the band that is due, none is looked at: it would be due for ever."""
-    for nodes in range(2, 9):
-        costs, sizes = Costs({1: 1.0, 32: 2.0}, LEVELS), []
-        for _ in range(6 * costs_module.LOOK):
-            sizes.append(costs.size_to_see(batch, nodes, 8, probes))
-            tokens = batch * (sizes[-1] + probes)
-            costs.observe(batch, sizes[-1] + probes, 2, seconds_of(costs, tokens, 2))
-        assert set(sizes) <= set(range(2, 9))
-        assert sizes.count(nodes) > 0.9 * len(sizes)
+def test_a_machine_that_changes_its_pace_makes_no_node_dearer() -> None:
+    """Sizes and seconds change at the same moment."""
+    costs = Costs({1: 1.0, 8: 1.2, 32: 6.0}, dict.fromkeys(LEVELS, 0.0))
+    before = costs.prices(1, 16).passes
+    rounds(costs, lambda number, size: (2.0 if number >= 40 else 1.0) * costs._table[size], [6] * 40 + [10] * 80)
+    after = costs.prices(1, 16).passes
+    assert after[10] == pytest.approx(2 * before[10], rel=0.01)
+    assert after[7] == pytest.approx(2 * before[7], rel=0.06)
+
+
+def test_plain_rounds_have_a_pace_of_their_own() -> None:
+    costs = Costs({1: 1.0, 8: 1.2, 32: 6.0}, dict.fromkeys(LEVELS, 0.0))
+    rounds(costs, lambda _, size: 0.7 if size == 1 else costs._table[size], [8, 1, 8, 9, 1, 7, 8] * 10)
+    passes = costs.prices(1, 16).passes
+    assert passes[1] == pytest.approx(0.7, rel=0.01)
+    assert passes[8] == pytest.approx(1.2, rel=0.01)
 
 
 def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:
@@ -131,7 +142,7 @@ def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:
     for _ in range(costs_module.RECENT):
         costs.observe(1, 5, 2, seconds, probing=True)
     after = costs.prices(1, 8)
-    assert after.paces == pytest.approx(before.paces)
+    assert after.passes == pytest.approx(before.passes)
     assert after.round(5, 2, probing=True) == pytest.approx(sum(seconds.values()))
 
 

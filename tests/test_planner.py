@@ -19,7 +19,7 @@ from s4c import LLM, SamplingParams
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.engine.costs import CONTEXT, Costs, Prices
-from s4c.engine.planner import DEEPEST, POOL, CostPlanner
+from s4c.engine.planner import DEEPEST, MARGIN, POOL, CostPlanner
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import from_paths, merge
 
@@ -58,7 +58,9 @@ def test_the_tree_is_the_best_of_all_subtrees(
         best = max(best, (len(choices) + sum(choices)) / planner.costs.round(len(choices), size, 1))
     kept = planner.prune(tree)
     expected = sum(sum(row.chances) for row in planner.acceptance.read(kept))
-    assert expected / planner.costs.round(len(rows[0]), kept.size, 1) == pytest.approx(best)
+    rate = expected / planner.costs.round(len(rows[0]), kept.size, 1)
+    assert best / (1 + MARGIN) <= rate * (1 + 1e-9)
+    assert rate <= best * (1 + 1e-9)
 
 
 def test_a_node_enters_only_while_it_brings_more_than_it_costs() -> None:
@@ -209,13 +211,17 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_depth(right: float) -> None:
 
 
 def test_it_finds_out_that_passes_were_measured_in_a_bad_moment() -> None:
-    """Narrow passes were as slow as wide ones then, and are not: it had never seen one if it did not look."""
-    true = Costs({n: 1.0 if n < 7 else 2.0 for n in range(1, 33)}, LEVELS)
-    measured = Costs(dict.fromkeys(true.passes, 2.0), LEVELS)
-    knowing, planner = CostPlanner(Costs(true.passes, LEVELS)), CostPlanner(measured)
-    for seed, rounds, least, most in ((0, 30, 1.5, 3.0), (1, 300, 0.9, 1.5), (2, 400, 0.98, 1.02)):
-        best, text = (Text(p, seed, true).run(rounds, 0.8) for p in (knowing, planner))
-        assert least < text.seconds / text.tokens / (best.seconds / best.tokens) < most
+    """The memory was slow then, and wide passes seemed to cost no more than narrow ones."""
+    true = Costs({n: 1.0 + 0.12 * max(0, n - 4) for n in range(1, 33)}, LEVELS)
+    knowing, planner = (
+        CostPlanner(Costs(true.passes, LEVELS)),
+        CostPlanner(Costs(dict.fromkeys(true.passes, 2.0), LEVELS)),
+    )
+    lost = []
+    for seed in range(6):
+        best, text = (Text(p, seed, true).run(100, 0.8) for p in (knowing, planner))
+        lost.append(text.seconds / text.tokens / (best.seconds / best.tokens) - 1)
+    assert sum(lost[2:]) / 4 < 0.03
 
 
 def test_it_adapts_when_the_text_changes() -> None:
@@ -342,8 +348,7 @@ class WildCosts(Costs):
         def some(count: int) -> list[float]:
             return [self.random.uniform(0.1, 1.0) for _ in range(count)]
 
-        bands = list(range(most + 1))
-        return Prices(some(most + 1), bands, some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
+        return Prices(some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@
              tree of the l levels that they drafted in the round before
     P        seconds that probes add to a pass over as many other rows
 
-The least of several times is taken, of passes at two moments: other work on the machine makes a pass longer, never
-shorter, and what counts is how these times stand to each other. A file holds them for each machine, target and drafter,
-below the folder `costs` of the cache. While generating, what the rounds take corrects them: the pace, by which a pass
-takes longer now than when it was measured (a busy machine, costly sampling), told apart for bands of widths, and the
-drafts of each batch size. All are medians of the last rounds, which one slow round does not move. The planner sees to
-it that the bands beside those of its trees are looked at now and then. So a file stays good on a machine that has
-become slower, and what it says of some passes is soon corrected where it was taken in a bad moment.
+The least of several drafts is taken, and of passes the lesser of the medians of two moments: other work on the machine
+makes them longer, never shorter, and what counts is how these times stand to each other. A file holds them for each
+machine, target and drafter, below the folder `costs` of the cache. While generating, what the rounds take corrects
+them: the pace, by which a pass takes longer now than when it was measured (a busy machine, costly sampling), how it
+grows with the width, and the drafts of each batch size. So a file stays good on a machine that has become slower, and
+what it says of some passes is soon corrected where it was taken in a bad moment.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import platform
 import tempfile
 import time
 import warnings
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ from s4c.verify.rules import coupled, walked
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 9
+FORMAT = 10
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 15, 16, 17, 20, 24, 32)
@@ -60,8 +58,8 @@ FEW, MANY = 1, 16
 """Tokens of the passes by which that, and whether a file still holds, is told."""
 
 REPEATS = 9
-RECENT = 15
-"""Rounds whose medians count."""
+RECENT, NOW = 31, 7
+"""Rounds whose medians count: of what lasts, and of how fast the machine is just now."""
 
 TRUSTED = 1.25
 """A file is measured anew where T(16) / T(1) is so many times what it says, or the inverse of it."""
@@ -69,17 +67,13 @@ TRUSTED = 1.25
 LOOKS = 4
 """Passes of each size by which that is told."""
 
-BANDS = (2, 6, 10, 13, 16, 24)
-"""Most tokens of the passes of each band but the last: within one, arithmetic and memory bound a pass alike."""
-
 BELIEVED = 3
-"""Passes for which the pace of the nearest band stands where one is seen for the first time."""
+"""Passes for which the measured share of plain ones stands when the first one is seen."""
 
-LOOK = 32
-"""Passes elsewhere after which a band beside the present one is to be seen again."""
-
-LENT = 100
-"""Each so many passes of other bands tell of one that has not been seen for as long."""
+FADING, STIFFNESS, REACH, STRAY = 0.97, 8.0, 3, 1.3
+"""What a pass still counts for the slope when another one is seen; how much spread of widths, in tokens squared, it
+takes to move it; how many tokens from the mean width it is believed; and by how much a pass that tells of it may be off
+the pace of the moment."""
 
 
 class Recent:
@@ -88,69 +82,63 @@ class Recent:
     Args:
         start: a first value.
         times: that it counts.
+        most: values that count.
     """
 
-    def __init__(self, start: float, times: int = 1) -> None:
-        self._values = deque([start] * times, maxlen=RECENT)
+    def __init__(self, start: float, times: int = 1, most: int = RECENT) -> None:
+        self._values = deque([start] * times, maxlen=most)
         self.middle = start
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self.middle = median(self._values)
+        self.middle = sorted(self._values)[len(self._values) // 2]
 
 
-class Paces:
-    """By how much passes take longer now than when they were measured, told apart by their width.
+class Pace:
+    """How passes go now, beside what was measured.
 
-    Narrow ones wait for memory and wide ones for arithmetic, and either may have been slow when passes were measured.
+    A machine's memory may be slower for some seconds by half, and its cores by a quarter. The first makes all passes
+    longer but the widest, the second the wide ones alone. So a pass over x tokens that took e when it was measured is
+    put at
 
-    Attributes:
-        latest: that of the band of the last pass.
+        p e (1 + s (x - m))
+
+    where p is the pace of the moment, the median of few passes, and s a slope of longer memory, by least squares over
+    the latest passes; m is their mean width. Passes of rounds without a tree are far away from the others, and have a
+    share of their own in place of the slope.
     """
 
     def __init__(self) -> None:
-        self.latest = 1.0
-        self._of: dict[int, Recent] = {}
-        self._nearest: list[int] = []
-        self._ages = [0] * (len(BANDS) + 1)
+        self._now = Recent(1.0, most=NOW)
+        self._plain = Recent(1.0, BELIEVED)
+        self._weight = self._mean = self._height = self._spread = self._rise = 0.0
 
-    def add(self, tokens: int, pace: float) -> None:
-        """Count a pass of so many tokens."""
-        band = band_of(tokens)
-        if band not in self._of:
-            self._of[band] = Recent(self.by_band()[band], BELIEVED)
-            self._nearest = [min(self._of, key=lambda seen: abs(seen - b)) for b in range(len(self._ages))]
-        self._of[band].add(pace)
-        self.latest = self._of[band].middle
-        self._ages = [age + 1 for age in self._ages]
-        self._ages[band] = 0
-        for other, recent in self._of.items():
-            if other != band and self._ages[other] % LENT == 0:
-                recent.add(pace)
+    @property
+    def now(self) -> float:
+        """The pace of the moment."""
+        return self._now.middle
 
-    def by_band(self) -> list[float]:
-        """Of each band; of one that was not seen, that of the nearest that was."""
-        return [self._of[seen].middle for seen in self._nearest] or [1.0] * len(self._ages)
+    def add(self, tokens: int, plain: bool, quotient: float) -> None:
+        """Count a pass that took so many times as long as when it was measured."""
+        relative = quotient / self.now
+        if plain:
+            self._plain.add(relative)
+        else:
+            relative = min(max(relative, 1 / STRAY), STRAY)
+            self._weight = 1 + FADING * self._weight
+            x, y = tokens - self._mean, relative - self._height
+            self._mean += x / self._weight
+            self._height += y / self._weight
+            self._spread = FADING * self._spread + x * (tokens - self._mean)
+            self._rise = FADING * self._rise + x * (relative - self._height)
+        self._now.add(quotient / self.share(tokens, plain))
 
-    def due(self, band: int) -> list[int]:
-        """The bands beside one that have not been seen for `LOOK` passes, the one of longest ago first.
-
-        Passes of the lowest band are those of rounds that do not draft, and seen there.
-        """
-        beside = [other for other in (band - 1, band + 1) if 0 < other < len(self._ages)]
-        unseen = [other for other in beside if self._ages[other] >= LOOK]
-        return sorted(unseen, key=self._ages.__getitem__, reverse=True)
-
-
-def band_of(tokens: int) -> int:
-    """The band of a pass of so many tokens."""
-    return bisect_left(BANDS, tokens)
-
-
-@lru_cache
-def _bands(batch: int, most: int) -> list[int]:
-    """Those of passes over 0 to `most` nodes of each sequence."""
-    return [band_of(batch * nodes) for nodes in range(most + 1)]
+    def share(self, tokens: int, plain: bool) -> float:
+        """By how much such a pass keeps to the pace of the moment or not."""
+        if plain:
+            return self._plain.middle
+        slope = self._rise / (self._spread + STIFFNESS)
+        return max(1 / STRAY, 1 + slope * min(max(tokens - self._mean, -REACH), REACH))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,26 +146,25 @@ class Prices:
     """Seconds of rounds of one batch behind contexts of one length, as the machine is now.
 
     Attributes:
-        passes: by nodes of each tree, as they were measured.
-        bands: of these passes.
-        paces: by which those of a band take longer now.
+        passes: by nodes of each tree.
         drafts: by levels.
         rest: of a round.
         probing: P.
     """
 
     passes: list[float]
-    bands: list[int]
-    paces: list[float]
     drafts: list[float]
     rest: float
     probing: float
 
     def round(self, nodes: int, levels: int, probing: bool = False) -> float:
         """Of a round with trees of that many nodes, probes among them or not, after a draft of that many levels."""
+        return self.passes[nodes] + self.beside(levels, probing)
+
+    def beside(self, levels: int, probing: bool = False) -> float:
+        """The same without the pass."""
         draft = self.drafts[levels] if levels < len(self.drafts) else 0.0
-        passed = self.passes[nodes] + probing * self.probing
-        return self.paces[self.bands[nodes]] * passed + draft + self.rest
+        return probing * self.probing + draft + self.rest
 
 
 class Costs:
@@ -203,7 +190,7 @@ class Costs:
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
-        self._paces = Paces()
+        self._pace = Pace()
         self._rest = Recent(0.0)
         self._drafts: dict[tuple[int, int], Recent] = {}
         self._passes = lru_cache(maxsize=8)(self._measured)
@@ -223,13 +210,16 @@ class Costs:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
         seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
         drafts = self.drafts | seen
+        now = self._pace.now
+        paces = [now * self._pace.share(batch, True)] * 2
+        paces += [now * self._pace.share(batch * nodes, False) for nodes in range(2, most + 1)]
+        passes = [pace * seconds for pace, seconds in zip(paces, self._passes(batch, most, further), strict=True)]
+        passes[2:] = accumulate(passes[2:], max)  # more tokens never take less
         return Prices(
-            self._passes(batch, most, further),
-            _bands(batch, most),
-            self._paces.by_band(),
-            [self._paces.latest * drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
+            passes,
+            [now * drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
             self._rest.middle,
-            self.probing,
+            now * self.probing,
         )
 
     def observe(
@@ -244,27 +234,11 @@ class Costs:
         """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
         passed = seconds["verify"] + seconds["judge"]
         expected = self._pass(batch, nodes, further) + probing * self.probing
-        self._paces.add(batch * nodes, passed / expected)
+        self._pace.add(batch * nodes, nodes < 2, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        draft = seconds["draft"] / self._paces.latest
+        draft = seconds["draft"] / self._pace.now
         start = self.drafts.get(levels, draft)
         self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
-
-    def size_to_see(self, batch: int, nodes: int, most: int, probes: int = 0) -> int:
-        """The size that trees should have, so that it is seen now and then what passes of other widths cost.
-
-        Args:
-            batch: sequences.
-            nodes: of each tree as it would be best, at least 2.
-            most: that were drafted.
-            probes: rows beside each tree.
-        """
-        bands = _bands(batch, most + probes)
-        for band in self._paces.due(bands[nodes + probes]):
-            sizes = [size for size in range(2, most + 1) if bands[size + probes] == band]
-            if sizes:
-                return min(sizes, key=lambda size: abs(size - nodes))
-        return nodes
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
@@ -282,8 +256,8 @@ class Costs:
 def _between(passes: Mapping[int, float]) -> list[float]:
     """T(n) for n = 0 .. the largest measured: straight lines between what was measured, never falling.
 
-    More tokens never take less, and only the least of several times is right: a pass that took longer than a wider one
-    was measured in a bad moment, and takes no longer than that one.
+    More tokens never take less: a pass that took longer than a wider one was measured in a bad moment, and takes no
+    longer than that one.
     """
     least = list(accumulate([*passes.values()][::-1], min))[::-1]
     sizes = list(passes)
@@ -305,10 +279,10 @@ def measured_costs(target: Target, drafter: Drafter, plans: Mapping[int, TreePla
     if costs is not None and not _outdated(costs, target):
         return costs
     with status("measuring what a pass costs here, once"):
-        first = pass_seconds(target, judged(target), SIZES, of=min)
+        first = pass_seconds(target, judged(target), SIZES)
         drafts, probing = draft_seconds(target, drafter, plans, first)
         attention = attention_seconds(target, first)
-        again = pass_seconds(target, judged(target), SIZES, of=min)
+        again = pass_seconds(target, judged(target), SIZES)
         costs = Costs({n: min(seconds, again[n]) for n, seconds in first.items()}, drafts, attention, probing)
     _write(file, costs)
     return costs
@@ -360,7 +334,7 @@ def _write(file: Path, costs: Costs) -> None:
 
 def _outdated(costs: Costs, target: Target) -> bool:
     sizes = [n for n in (FEW, MANY) if n in costs.passes]
-    now = pass_seconds(target, judged(target), sizes, LOOKS, of=min)
+    now = pass_seconds(target, judged(target), sizes, LOOKS)
     paces = [now[n] / costs.passes[n] for n in now]
     return max(paces) > TRUSTED * min(paces)
 

@@ -17,17 +17,17 @@ checked or not, for the round tells which token came there. So are the sizes dec
                        found (`beside`) is counted first.
     While drafting     the draft ends before a level that is not worth its time: where the paths that lead there are
                        too improbable, all together (`TreePlan.floor`).
-    Before the pass    n, from the nodes that are there: those of highest a(v) enter, as many as make it highest. No
-                       node is more probable than its parent, so the tree is whole.
+    Before the pass    n, from the nodes that are there: those of highest a(v) enter, as many as make it highest but for
+                       a hundredth (`MARGIN`). No node is more probable than its parent, so the tree is whole.
 
 A drafter with probes drafts for the round after: l says whether it hangs them, and what the probes of the round before
 have drafted is checked as far as it is worth its pass, whatever l is.
 
-What is not tried is not known. Now and then a tree is a little smaller or larger than the best one, so that it is seen
-what passes of that width cost by now (`Costs.size_to_see`). Where nothing is drafted, the planner tries all the same,
-but spends no more than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it
-returns quickly when the text changes. An estimate of a level that is not drafted, though the one before was right,
-fades to that of the one before.
+What is not tried is not known. Now and then a tree is a little smaller than the best one (`LOOK`), for what a node
+costs is seen in trees of several sizes. Where nothing is drafted, the planner tries all the same, but spends no more
+than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns quickly when the
+text changes. An estimate of a level that is not drafted, though the one before was right, fades to that of the one
+before.
 
 Lossless: under the coupled rule the output does not depend on the trees at all. Under the rejection rule it is exact in
 law when a tree is a function of the committed text, of the drafter's laws below it, and of randomness that the
@@ -56,7 +56,7 @@ NAME = "plan"
 WIDTH, POOL = 8, 32
 """Most children of a node, and nodes to choose from."""
 
-SPARE, RECEDING = 2, 0.25
+SPARE, RECEDING = 2, 1.0
 """Nodes that are drafted beyond the largest of the latest trees, and how much smaller that one counts each round."""
 
 ALIKE = 32
@@ -70,6 +70,12 @@ FADING = 0.5
 
 LEVEL_PRIOR = 0.6
 """Chance that the next level is right, before anything is known."""
+
+LOOK, LESS = 24, 2
+"""Each so manieth tree has so many nodes less than the best one."""
+
+MARGIN = 0.01
+"""By how much more tokens per second larger trees have to promise: costs are not better known than that."""
 
 SIZE_MEMORY = 0.9
 """What the sizes of trees so far still count when another one is seen."""
@@ -151,6 +157,7 @@ class CostPlanner:
         self._credit = math.inf
         self._sizes: dict[int, float] = {}
         self._largest = float(POOL)
+        self._trees = 0
         self._rest: TreePlan | None = None
         self._accompanied = False
         self._round = _Round(1, costs.prices(1, self.pool))
@@ -189,8 +196,9 @@ class CostPlanner:
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
-        if now.size > 1:
-            now.size = self.costs.size_to_see(now.batch, now.size, tree.size, self._beside(now.levels))
+        self._trees += 1
+        if self._trees % LOOK == 0 and now.size > LESS:
+            now.size -= LESS
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
@@ -224,13 +232,17 @@ class CostPlanner:
     def _best(self, rows: Sequence[Row], levels: int, told: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
         ordered = [sorted(row.chances[1:], reverse=True) for row in rows]
+        probes = self._beside(levels)
+        passes, rest = self._round.prices.passes[probes:], self._round.prices.beside(told, probes > 0)
         tokens = float(self._round.batch)
-        best = (1, tokens, self._seconds(1, levels, told))
+        best = highest = (1, tokens, passes[1] + rest)
         for size, column in enumerate(islice(zip(*ordered, strict=True), POOL - 1), start=2):
             tokens += sum(column)
-            seconds = self._seconds(size, levels, told)
-            if tokens * best[2] > best[1] * seconds:
-                best = (size, tokens, seconds)
+            seconds = passes[size] + rest
+            if tokens * highest[2] > highest[1] * seconds:
+                highest = (size, tokens, seconds)
+                if tokens * best[2] > best[1] * seconds * (1 + MARGIN):
+                    best = highest
         return best
 
     def _decide(self, beside: list[Row]) -> TreePlan:
