@@ -72,7 +72,10 @@ LEVEL_PRIOR = 0.6
 """Chance that the next level is right, before anything is known."""
 
 LOOK, LESS = 24, 2
-"""Each so manieth tree has so many nodes less than the best one."""
+"""In each so manieth round a tree has so many nodes less than the best one."""
+
+REPRICED = 4
+"""Rounds after which it is asked again what they cost."""
 
 MARGIN = 0.01
 """By how much more tokens per second larger trees have to promise: costs are not better known than that."""
@@ -157,18 +160,21 @@ class CostPlanner:
         self._credit = math.inf
         self._sizes: dict[int, float] = {}
         self._largest = float(POOL)
-        self._trees = 0
+        self._rounds = 0
         self._rest: TreePlan | None = None
         self._accompanied = False
         self._round = _Round(1, costs.prices(1, self.pool))
 
     def plan(self, contexts: Sequence[int]) -> TreePlan:
         batch, further = len(contexts), (sum(contexts) - CONTEXT * len(contexts)) // ALIKE * ALIKE
+        self._rounds += 1
         alike = batch == self._round.batch and abs(further - self._round.further) < CONTEXT
         if self._rest and alike and self._credit < self._round.stake:
             self._round.rows = None
             return self._rest  # for where nothing is drafted nothing is learnt
-        self._round = _Round(batch, self.costs.prices(batch, self.pool, further), further)
+        known = alike and self._rounds % REPRICED
+        prices = self._round.prices if known else self.costs.prices(batch, self.pool, further)
+        self._round = _Round(batch, prices, further)
         if self._accompanied:  # it is decided when the other drafter has found what it finds
             return self._planned(1, 0.0)
         plan = self._decide([])
@@ -196,8 +202,7 @@ class CostPlanner:
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
-        self._trees += 1
-        if self._trees % LOOK == 0 and now.size > LESS:
+        if self._rounds % LOOK == 0 and now.size > LESS:
             now.size -= LESS
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
