@@ -97,8 +97,8 @@ class Recent:
 class Pace:
     """How passes go now, beside what was measured.
 
-    A machine's memory may be slower for some seconds by half, and its cores by a sixth. The first makes all passes longer
-    but the widest, the second the wide ones alone. So a pass over x tokens that took e when it was measured is
+    A machine's memory may be slower for some seconds by half, and its cores by a sixth. The first makes all passes
+    longer but the widest, the second the wide ones alone. So a pass over x tokens that took e when it was measured is
     put at
 
         p e (1 + s (x - m))
