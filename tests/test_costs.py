@@ -106,9 +106,8 @@ def test_what_a_node_costs_is_told_from_trees_of_many_sizes(slope: float) -> Non
     sizes = [chance.randint(5, 12) for _ in range(400)]
 
     def seconds(number: int, size: int) -> float:
-        return (
-            (1.0, 1.5, 1.2)[number // 50 % 3] * costs._table[size] * (1 + slope * (size - 8)) * chance.uniform(0.9, 1.1)
-        )
+        machine = (1.0, 1.5, 1.2)[number // 50 % 3] * chance.uniform(0.9, 1.1)
+        return machine * costs._table[size] * (1 + slope * (size - 8))
 
     rounds(costs, seconds, sizes)
     passes = costs.prices(1, 16).passes

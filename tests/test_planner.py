@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny_models
@@ -19,7 +20,7 @@ from s4c import LLM, SamplingParams
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
 from s4c.engine.costs import CONTEXT, Costs, Prices
-from s4c.engine.planner import DEEPEST, MARGIN, POOL, CostPlanner
+from s4c.engine.planner import DEEPEST, MARGIN, POOL, REPRICED, CostPlanner
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import from_paths, merge
 
@@ -222,6 +223,19 @@ def test_it_finds_out_that_passes_were_measured_in_a_bad_moment() -> None:
         best, text = (Text(p, seed, true).run(100, 0.8) for p in (knowing, planner))
         lost.append(text.seconds / text.tokens / (best.seconds / best.tokens) - 1)
     assert sum(lost[2:]) / 4 < 0.03
+
+
+def test_prices_are_asked_seldom_while_drafting_and_before_each_try() -> None:
+    """A rest may be long, and the machine another one after it."""
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    with patch.object(planner.costs, "prices", wraps=planner.costs.prices) as asked:
+        Text(planner).run(40, 0.95)
+        assert asked.call_count <= 40 / REPRICED + 1
+        Text(planner, seed=1).run(200, 0.0)
+        for _ in range(400):
+            before, resting = asked.call_count, planner._rest is not None
+            tried = Text(planner, seed=2).run(1, 0.0).levels == [1]
+            assert asked.call_count > before or not (resting and tried)
 
 
 def test_it_adapts_when_the_text_changes() -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Recent:
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self.middle = sorted(self._values)[len(self._values) // 2]
+        self.middle = median_high(self._values)
 
 
 class Pace:
@@ -111,7 +111,7 @@ class Pace:
     def __init__(self) -> None:
         self._now = Recent(1.0, most=NOW)
         self._plain = Recent(1.0, BELIEVED)
-        self._weight = self._mean = self._height = self._spread = self._rise = 0.0
+        self._weight = self._mean_tokens = self._mean_share = self._squares = self._products = 0.0
 
     @property
     def now(self) -> float:
@@ -126,19 +126,19 @@ class Pace:
         else:
             relative = min(max(relative, 1 / STRAY), STRAY)
             self._weight = 1 + FADING * self._weight
-            x, y = tokens - self._mean, relative - self._height
-            self._mean += x / self._weight
-            self._height += y / self._weight
-            self._spread = FADING * self._spread + x * (tokens - self._mean)
-            self._rise = FADING * self._rise + x * (relative - self._height)
+            x = tokens - self._mean_tokens
+            self._mean_tokens += x / self._weight
+            self._mean_share += (relative - self._mean_share) / self._weight
+            self._squares = FADING * self._squares + x * (tokens - self._mean_tokens)
+            self._products = FADING * self._products + x * (relative - self._mean_share)
         self._now.add(quotient / self.share(tokens, plain))
 
     def share(self, tokens: int, plain: bool) -> float:
         """By how much such a pass keeps to the pace of the moment or not."""
         if plain:
             return self._plain.middle
-        slope = self._rise / (self._spread + STIFFNESS)
-        return max(1 / STRAY, 1 + slope * min(max(tokens - self._mean, -REACH), REACH))
+        slope = self._products / (self._squares + STIFFNESS)
+        return max(1 / STRAY, 1 + slope * min(max(tokens - self._mean_tokens, -REACH), REACH))
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,7 @@ class CostPlanner:
         if self._rest and alike and self._credit < self._round.stake:
             self._round.rows = None
             return self._rest  # for where nothing is drafted nothing is learnt
-        known = alike and self._rounds % REPRICED
+        known = alike and not self._rest and self._rounds % REPRICED
         prices = self._round.prices if known else self.costs.prices(batch, self.pool, further)
         self._round = _Round(batch, prices, further)
         if self._accompanied:  # it is decided when the other drafter has found what it finds
@@ -202,7 +202,7 @@ class CostPlanner:
             now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
-        if self._rounds % LOOK == 0 and now.size > LESS:
+        if self._rounds % LOOK == 0 and now.size - LESS > 1:
             now.size -= LESS
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
