@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,37 @@ def test_methods_answer_alike_one_by_one_and_in_batches(llm: LLM, file: Path) ->
     assert {row.key: list(row.token_ids) for row in together if row.method != SINGLY} == tokens
 
 
+def test_a_round_of_each_in_turn_gives_the_same_answers(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    whole = Method.rounds
+
+    def noted(self: Method, prompt: list[int], params: SamplingParams) -> Iterator[Reply | None]:
+        for reply in whole(self, prompt, params):
+            order.append(self.name)
+            yield reply
+
+    monkeypatch.setattr(Method, "rounds", noted)
+    names = [PLAIN, "ngram@chain:3", "ngram@chain:2"]
+    contestants = [*(Method(llm, name) for name in names), fake(llm), Dying("dying", Method(llm, PLAIN), 0.1)]
+    params, questions = SamplingParams(max_new_tokens=12, ignore_eos=True), read_questions(file)[:4]
+
+    def rows(by_round: bool) -> list[Row]:
+        return list(Bench(llm, contestants, params, [0.0, 1.0], by_round=by_round).run(questions))
+
+    by_answer = {row.key: row for row in rows(False) if row.method != "dying"}
+    assert not order
+    contestants[-1] = Dying("dying", Method(llm, PLAIN), 0.1)
+    by_round = rows(True)
+    for row in by_round:
+        if row.method != "dying":
+            assert (row.token_ids, row.histogram) == (by_answer[row.key].token_ids, by_answer[row.key].histogram)
+    assert {row.equal for row in by_round if row.method in names[1:]} == {"identical"}
+    assert [row.error for row in by_round if row.method == "dying"] == [None, None, "OSError: the plug was pulled"]
+    assert {row.memory is None for row in by_round if row.method in names} == {True}
+    assert order[: len(names) * 3].count(PLAIN) == 3  # as long as all answer, each has one of so many rounds
+    assert len({tuple(order[at : at + 3]) for at in range(0, 9, 3)}) > 1
+
+
 def test_a_second_turn_stands_behind_plain_decodings_own_answer(llm: LLM, file: Path) -> None:
     question = read_questions(file)[0]
     runner, seen = contest(llm, other := fake(llm), turns=2), []
@@ -282,7 +313,6 @@ def test_another_token_is_told_from_a_tie(llm: LLM, monkeypatch: pytest.MonkeyPa
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     judge = Judge(llm.target)
     prompt = llm.token_ids([{"role": "user", "content": "Say it."}])
-    llm.use("none")
     plain = llm.generate(prompt, params).token_ids
     assert judge.compare(prompt, plain, plain, params, own=False) == "identical"
     wrong = [*plain[:3], (plain[3] + 1) % 256, *plain[4:]]
@@ -335,7 +365,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("how", [[], ["--batch", 3, "--singly"], ["--equality-only"]])
+@pytest.mark.parametrize("how", [[], ["--by-round"], ["--batch", 3, "--singly"], ["--equality-only"]])
 def test_the_command(model: Path, file: Path, tmp_path: Path, how: Sequence[object]) -> None:
     out = tmp_path / "run"
     result = command(model, file, "--sample", 3, "--temperatures", "0,1", "--out", out, "--json", *how)
@@ -345,8 +375,10 @@ def test_the_command(model: Path, file: Path, tmp_path: Path, how: Sequence[obje
     assert all(e["identical"] == 3 for e in summary["entries"] if e["method"] != PLAIN)
     assert len(lines(out)) == 3 * len(summary["entries"]) == summary["expected"]
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert ("speedup" in summary["entries"][0]) == (how == [])
-    assert "## Equality" in (out / "report.md").read_text()
+    assert ("speedup" in summary["entries"][0]) == (how in ([], ["--by-round"]))
+    report = (out / "report.md").read_text()
+    assert "## Equality" in report
+    assert ("a round of each method in turn" in report) == (how == ["--by-round"])
     assert "ngram" in command(model, file, "--sample", 3, *how).stdout
 
 
@@ -407,6 +439,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(
         (["--temperatures", "-1"], "temperature is -1.0; it must be"),
         (["--resume"], "name it by --out"),
         (["--batch", "4", "--peers", "hf"], "--peers are timed one by one"),
+        (["--batch", "4", "--by-round"], "--by-round is for timing"),
         (["--singly"], "--singly is for --equality-only"),
         (["--questions", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--out", "{file}"], "is a file; --out names a folder"),

@@ -292,6 +292,7 @@ def test_the_report_says_what_must_be_known() -> None:
             "seed": 0,
             "timed": True,
             "repeats": 1,
+            "by_round": False,
             "threads": 2,
         },
         "parts": [provenance()],

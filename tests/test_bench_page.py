@@ -68,7 +68,8 @@ def summary() -> dict[str, Any]:
     rows.append(Row("0", "mt_bench", 0, 0.0, 0, "llama.cpp-q4_1", error="ChildProcessError: ended by SIGSEGV"))
     nodes = {"auto": 10, "ngram": 9, "shipped@best:8": 8, "shipped@best:24": 24, "shipped@comb:3x3@rule=rejection": 10}
     settings = {"target": "smollm2-135m", "fingerprint": "f" * 64, "dtype": "float32", "device": "cpu", "turns": 1}
-    settings |= {"runtime": "native", "max_new_tokens": 64, "top_p": 1.0, "seed": 0, "timed": True, "repeats": 1}
+    settings |= {"runtime": "native", "max_new_tokens": 64, "top_p": 1.0, "seed": 0, "timed": True}
+    settings |= {"repeats": 1, "by_round": False}
     return {
         "complete": False,
         "answers": len(rows) - 1,

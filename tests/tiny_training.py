@@ -58,6 +58,9 @@ class TinyTarget(Target):
     def commit(self, verdict: Verdict) -> None:
         raise NotImplementedError
 
+    def twin(self) -> TinyTarget:
+        raise NotImplementedError
+
     def move(self, source: int, destination: int) -> None:
         raise NotImplementedError
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from s4c.bench.machine import Footprint
-from s4c.drafters.base import Drafter
-from s4c.engine.llm import LLM, choose_drafter
+from s4c.engine.llm import LLM
+from s4c.engine.sequence import Generation
 from s4c.types import SamplingParams
 from s4c.verify.tree import TreePlan
 from s4c.verify.typical import title
@@ -76,6 +76,10 @@ class Contestant(ABC):
     def answer(self, prompt: list[int], params: SamplingParams) -> Reply:
         """Decode one prompt, timed."""
 
+    def rounds(self, prompt: list[int], params: SamplingParams) -> Iterator[Reply | None]:
+        """The same piece by piece: None after each piece but the last, which brings the reply."""
+        yield self.answer(prompt, params)
+
     def comparable(self, temperature: float) -> bool:
         """Whether its tokens should be those of plain decoding; a peer has no part in our noise."""
         return temperature == 0
@@ -85,10 +89,10 @@ class Contestant(ABC):
 
 
 class Method(Contestant):
-    """A drafter, a tree and a rule on the target that all of them share.
+    """A drafter, a tree and a rule on the weights that all of them share.
 
     Args:
-        llm: what decodes; it is set to this method for each answer.
+        llm: what has the weights; the method decodes on a twin of it.
         spec: as users write it; see the head of this file.
         rule: where the spec names none.
         target_bytes: memory that the target takes, which counts for each of its methods.
@@ -102,7 +106,6 @@ class Method(Contestant):
     def __init__(self, llm: LLM, spec: str, rule: str = "coupled", target_bytes: int = 0) -> None:
         self.name = canonical(spec)
         drafter, *options = self.name.split("@")
-        self.llm = llm
         self.tree, self.rule = "auto", rule
         for option in options:
             self._set(option)
@@ -111,9 +114,10 @@ class Method(Contestant):
         self.name += title(self.rule).removeprefix(self.rule)  # a lossy one is marked
         self.footprint = Footprint(target_bytes)
         with self.footprint.watch():
-            self.drafter: Drafter = choose_drafter("none" if drafter == PLAIN else drafter, llm.target)
-            self.use()
-        shape = llm.tree
+            self.llm = llm.twin()
+            self.llm.rule = self.rule
+            self.llm.use("none" if drafter == PLAIN else drafter, self.tree)
+        shape = self.llm.tree
         if drafter != PLAIN and ":" in shape:
             self.nodes = TreePlan.parse(shape).nodes or None
 
@@ -131,26 +135,29 @@ class Method(Contestant):
         else:
             raise ValueError(f"method {self.name!r}: {option!r} is not known; after an @ may stand {OPTIONS}")
 
-    def use(self) -> None:
-        """Make the target decode this way."""
-        self.llm.rule = self.rule
-        self.llm.use(self.drafter, self.tree)
-
     def answer(self, prompt: list[int], params: SamplingParams) -> Reply:
-        self.use()
         with self.footprint.watch():
             started = time.perf_counter()
             generation = self.llm.generate(prompt, params)
             seconds = time.perf_counter() - started
+        prefill = seconds - generation.stats.decode_seconds
+        return self._reply(generation, prefill, self.footprint.peak)
+
+    def rounds(self, prompt: list[int], params: SamplingParams) -> Iterator[Reply | None]:
+        for chunk in self.llm.stream(prompt, params):
+            ended = chunk.generation
+            yield None if ended is None else self._reply(ended, ended.stats.prefill_seconds)
+
+    def _reply(self, generation: Generation, prefill_seconds: float, memory: int | None = None) -> Reply:
         stats = generation.stats
         return Reply(
             token_ids=generation.token_ids,
-            prefill_seconds=seconds - stats.decode_seconds,
+            prefill_seconds=prefill_seconds,
             decode_seconds=stats.decode_seconds,
             decode_tokens=len(generation.token_ids),
             histogram=stats.acceptance_histogram,
             steps=stats.steps,
-            memory=self.footprint.peak,
+            memory=memory,
         )
 
     def comparable(self, temperature: float) -> bool:

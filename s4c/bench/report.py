@@ -217,8 +217,9 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("answers", f"at most {s['max_new_tokens']} new tokens; top-p {s['top_p']:g}; seed {s['seed']}"),
     ]
     if s["timed"]:
+        order = "a round of each method in turn, peers at once" if s["by_round"] else "every method in turn"
         found += [
-            ("order", f"every method on each question in turn, in seeded order, {s['repeats']} times; a warm-up first"),
+            ("order", f"on each question {order}, in seeded order, {s['repeats']} times; a warm-up first"),
             ("counting", "one function for all: output tokens up to and including the end-of-sequence token"),
             (
                 "prefill",

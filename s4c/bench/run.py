@@ -1,8 +1,9 @@
 """Methods side by side: the same questions, one after the other, in one run.
 
 Every turn of a question is answered by every contestant before the next one is asked, in a seeded order that changes
-from turn to turn, so that what else the machine does falls on all of them. The conversation goes on with plain
-decoding's answer, so all read the same prompts.
+from turn to turn, so that what else the machine does falls on all of them; or round by round, each method a round of
+its answer in turn, so that it falls on all of them within milliseconds. The conversation goes on with plain decoding's
+answer, so all read the same prompts.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Bench:
         turns: most turns of a question.
         repeats: how often everything is asked.
         seed: of the order of the contestants.
+        by_round: whether they take turns round by round, not answer by answer; peers still answer at once.
         done: rows of an earlier part of this run, which are not asked again.
     """
 
@@ -120,13 +122,14 @@ class Bench:
         repeats: int = 1,
         seed: int = 0,
         done: Sequence[Row] = (),
+        by_round: bool = False,
     ) -> None:
         assert PLAIN in [c.name for c in contestants]
         own = [c.temperature for c in contestants if c.temperature is not None]
         self.llm, self.contestants, self.params = llm, list(contestants), params
         self._common = list(temperatures)
         self.temperatures = list(dict.fromkeys([*temperatures, *own]))
-        self.turns, self.repeats, self.seed = turns, repeats, seed
+        self.turns, self.repeats, self.seed, self.by_round = turns, repeats, seed, by_round
         self.done = {row.key: row for row in done if row.error is None}
         self.judge = Judge(llm.target)
         self.dead: set[str] = set()
@@ -224,7 +227,10 @@ class Bench:
         taking_part = [c for c in self._taking_part(turn.temperature) if c.name not in self.dead]
         missing = [c for c in taking_part if turn.key(c.name) not in self.done]
         order = random.Random(f"{self.seed} {turn.repeat} {turn.question.name} {turn.temperature} {turn.number}")
-        rows = {c.name: self._ask(c, turn, params) for c in order.sample(missing, len(missing))}
+        if self.by_round:
+            rows = self._ask_by_round(missing, turn, params, order)
+        else:
+            rows = {c.name: self._ask(c, turn, params) for c in order.sample(missing, len(missing))}
         plain = rows.get(PLAIN) or self.done[turn.key(PLAIN)]
         for contestant in missing:
             row = rows[contestant.name]
@@ -235,18 +241,57 @@ class Bench:
 
     def _ask(self, contestant: Contestant, turn: Turn, params: SamplingParams) -> Row:
         """The row of one answer, not yet compared; a contestant that fails takes part no more."""
-        row = turn.row(contestant.name)
-        others = OtherWork(helper for c in self.contestants if (helper := c.pid) is not None)
+        others = self._other_work()
         try:
             reply = contestant.answer(turn.prompt, params)
         except Exception as error:  # of any class: peers are other people's code
-            if contestant.name == PLAIN:
-                raise
-            self.dead.add(contestant.name)
-            return replace(row, error=f"{type(error).__name__}: {error}")
-        cores = others.look() if contestant.here else 0.0
+            return self._failed(contestant, turn, error)
+        return self._answered(contestant, turn, params, reply, others.look())
+
+    def _ask_by_round(
+        self, contestants: Sequence[Contestant], turn: Turn, params: SamplingParams, order: random.Random
+    ) -> dict[str, Row]:
+        """The same for all of them, a round of each in turn until the last one has ended."""
+        others = self._other_work()
+        answering = {c: c.rounds(turn.prompt, params) for c in contestants}
+        replies: dict[Contestant, Reply] = {}
+        rows = {}
+        while answering:
+            for contestant in order.sample(list(answering), len(answering)):
+                try:
+                    reply = next(answering[contestant])
+                except Exception as error:
+                    rows[contestant.name] = self._failed(contestant, turn, error)
+                    del answering[contestant]
+                    continue
+                if reply is not None:
+                    replies[contestant] = reply
+                    del answering[contestant]
+        cores = others.look()
+        return rows | {c.name: self._answered(c, turn, params, reply, cores) for c, reply in replies.items()}
+
+    def _other_work(self) -> OtherWork:
+        return OtherWork(helper for c in self.contestants if (helper := c.pid) is not None)
+
+    def _failed(self, contestant: Contestant, turn: Turn, error: Exception) -> Row:
+        if contestant.name == PLAIN:
+            raise error
+        self.dead.add(contestant.name)
+        return replace(turn.row(contestant.name), error=f"{type(error).__name__}: {error}")
+
+    def _answered(self, contestant: Contestant, turn: Turn, params: SamplingParams, reply: Reply, cores: float) -> Row:
         reply = counted(reply, self.llm.target.spec.eos_token_ids, params.max_new_tokens)
-        return replace(_filled(row, reply), others=round(cores, 3))
+        return replace(
+            turn.row(contestant.name),
+            token_ids=reply.token_ids,
+            prefill_seconds=reply.prefill_seconds,
+            decode_seconds=reply.decode_seconds,
+            decode_tokens=reply.decode_tokens,
+            histogram=reply.histogram,
+            steps=reply.steps,
+            memory=reply.memory,
+            others=round(cores, 3) if contestant.here else 0.0,
+        )
 
     def _verdict(self, contestant: Contestant, name: str, turn: Turn, plain: Row, row: Row) -> str:
         if name == PLAIN:
@@ -266,10 +311,9 @@ class Bench:
         missing = [turn for turn in turns if turn.key(name) not in self.done]
         if not missing:
             return
-        method.use()
         params = self._params(missing[0].temperature)
         unlike: list[tuple[Turn, Row]] = []
-        for index, generation in self.llm.complete([turn.prompt for turn in missing], [params] * len(missing)):
+        for index, generation in method.llm.complete([turn.prompt for turn in missing], [params] * len(missing)):
             turn = missing[index]
             if generation.error is not None and name == PLAIN:
                 raise BadLogits(generation.error, rows=[index])
@@ -298,16 +342,3 @@ class Bench:
 
 def _said(role: str, content: str) -> Mapping[str, str]:
     return {"role": role, "content": content}
-
-
-def _filled(row: Row, reply: Reply) -> Row:
-    return replace(
-        row,
-        token_ids=reply.token_ids,
-        prefill_seconds=reply.prefill_seconds,
-        decode_seconds=reply.decode_seconds,
-        decode_tokens=reply.decode_tokens,
-        histogram=reply.histogram,
-        steps=reply.steps,
-        memory=reply.memory,
-    )

@@ -78,6 +78,14 @@ def bench(
         typer.Option("--temperatures", "--temperature", help="One or several, with commas between."),
     ] = "0",
     repeats: Annotated[int, typer.Option(help="How often everything is asked.")] = 1,
+    by_round: Annotated[
+        bool,
+        typer.Option(
+            "--by-round",
+            help="Methods take turns round by round, not answer by answer: that tells differences of a percent. The "
+            "memory of each is not told.",
+        ),
+    ] = False,
     equality_only: Annotated[
         bool, typer.Option("--equality-only", help="Decode in batches and check equality alone; nothing is timed.")
     ] = False,
@@ -109,7 +117,7 @@ def bench(
     if batch is None:
         batch = BATCH if equality_only else 1
     timed = batch == 1 and not equality_only
-    _check(turns, repeats, batch, timed, singly, peers)
+    _check(turns, repeats, batch, timed, singly, by_round, peers)
     asked = chosen(questions, categories, sample, limit, seed)
     degrees = _numbers(temperatures)
     options.start()
@@ -147,6 +155,7 @@ def bench(
         "max_new_tokens": max_new_tokens,
         "top_p": top_p,
         "seed": seed,
+        "by_round": by_round,
         "timed": timed,
         "batch": batch,
         "singly": singly,
@@ -154,7 +163,7 @@ def bench(
     with Store(out, settings, provenance(), resume, force) as store:
         others, skipped = _peers(llm, _split(peers), store)
         try:
-            runner = Bench(llm, [*contestants, *others], params, degrees, turns, repeats, seed, store.rows)
+            runner = Bench(llm, [*contestants, *others], params, degrees, turns, repeats, seed, store.rows, by_round)
             runner.check(asked)
             run = Run(runner, store, asked, skipped, load_average(), singly)
             try:
@@ -172,12 +181,14 @@ def bench(
         raise typer.Exit(1)
 
 
-def _check(turns: int, repeats: int, batch: int, timed: bool, singly: bool, peers: str) -> None:
+def _check(turns: int, repeats: int, batch: int, timed: bool, singly: bool, by_round: bool, peers: str) -> None:
     for name, value in {"--turns": turns, "--repeats": repeats, "--batch": batch}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if timed and singly:
         raise ValueError("--singly is for --equality-only; without it every prompt is decoded by itself anyway")
+    if not timed and by_round:
+        raise ValueError("--by-round is for timing; leave --equality-only and --batch out, or --by-round")
     if not timed and peers:
         raise ValueError("--peers are timed one by one; leave --equality-only and --batch out, or --peers")
     if not timed and repeats > 1:

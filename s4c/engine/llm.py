@@ -128,6 +128,12 @@ class LLM:
         any_rule(self.rule)
         self._built: Engine | None = None
 
+    def twin(self) -> LLM:
+        """Another one on the same weights, to decode beside this one; it drafts nothing until it is told to."""
+        twin = LLM(self.target.twin(), "none", rule=self.rule, max_batch=self.max_batch)
+        twin.tokenizer = self.tokenizer
+        return twin
+
     def generate(
         self,
         prompts: Prompt | Ordered[Prompt],

@@ -96,6 +96,10 @@ class Target(ABC):
     def length(self, slot: int) -> int:
         """Number of tokens cached in a slot."""
 
+    @abstractmethod
+    def twin(self) -> Target:
+        """The same weights with an empty cache of their own, and without an adapter."""
+
     def adapt(self, adapter: Adapter | None) -> None:
         """Take an adapter, for the tokens from V on in draft trees, in place of the one before; None takes it away.
 

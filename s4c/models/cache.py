@@ -28,6 +28,11 @@ class KVCache:
         self.data = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
         self.lengths: list[int] = []
 
+    def twin(self) -> KVCache:
+        """An empty one for the same layers."""
+        layers, _, _, heads, _, head_dim = self.data.shape
+        return KVCache(layers, heads, head_dim, self.data.dtype, self.device)
+
     @property
     def device(self) -> torch.device:
         return self.data.device

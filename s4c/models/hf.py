@@ -8,6 +8,7 @@ thing that a target does is to check a small tree against plain passes, and to r
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -152,6 +153,12 @@ class HFTarget(Target):
 
     def length(self, slot: int) -> int:
         return self._slots[slot].length
+
+    def twin(self) -> HFTarget:
+        twin = copy.copy(self)
+        twin._slots = []
+        twin._head.register_forward_pre_hook(twin._before_head)
+        return twin
 
     def embedding_weight(self) -> Tensor:
         weight: Tensor = self._model.get_input_embeddings().weight

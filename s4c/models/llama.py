@@ -6,6 +6,7 @@ what is built like them, SmolLM2 for one. `HFTarget` is the oracle that this fil
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,11 +165,7 @@ class LlamaTarget(Target):
         self._tied = bool(config.tie_word_embeddings) and dtype != torch.int8
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
-        self._native: NativeDecoder | None = None
-        if native:
-            assert isinstance(self._stack, NativeStack)
-            assert isinstance(self.head.packed, NativeLinear)
-            self._native = NativeDecoder(self._embedding, self._stack, self.head.packed)
+        self._native = self._decoder()
         weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
         self.weight_bytes = weights * dtype.itemsize
 
@@ -227,6 +224,12 @@ class LlamaTarget(Target):
     def move(self, source: int, destination: int) -> None:
         self._stack.move(source, destination)
 
+    def twin(self) -> LlamaTarget:
+        twin = copy.copy(self)
+        twin._stack, twin._adapter = self._stack.twin(), None
+        twin._native = twin._decoder()
+        return twin
+
     def adapt(self, adapter: Adapter | None) -> None:
         self._adapter = adapter
 
@@ -253,6 +256,13 @@ class LlamaTarget(Target):
 
     def final_norm_weight(self) -> Tensor | None:
         return self._final_norm
+
+    def _decoder(self) -> NativeDecoder | None:
+        """A pass in one call, where the kernels run it."""
+        if not isinstance(self._stack, NativeStack):
+            return None
+        assert isinstance(self.head.packed, NativeLinear)
+        return NativeDecoder(self._embedding, self._stack, self.head.packed)
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]], count: int, dtype: torch.dtype) -> None:
         """Put each weight into its place as it is read; a layer is unpacked only from its first weight to its last."""

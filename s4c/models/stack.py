@@ -6,6 +6,7 @@ then keeps those of an accepted path. What was not kept is overwritten by the ne
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ class Stack(ABC):
     def move(self, source: int, destination: int) -> None:
         """Copy the sequence of one slot to another."""
 
+    @abstractmethod
+    def twin(self) -> Stack:
+        """The same layers with an empty cache of their own, and without an adapter."""
+
 
 class TorchStack(Stack):
     """`Stack` in torch: any device; also what the native kernels are tested against.
@@ -214,6 +219,13 @@ class TorchStack(Stack):
 
     def move(self, source: int, destination: int) -> None:
         self._cache.move(source, destination)
+
+    def twin(self) -> TorchStack:
+        twin = copy.copy(self)
+        twin._recorded, twin._recorded_of = {}, None
+        twin._cache = self._cache.twin()
+        twin.lengths = twin._cache.lengths
+        return twin
 
     def open(self) -> OpenLayers:
         """Copies of the layers to train through."""

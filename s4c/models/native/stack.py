@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ class NativeStack(Stack):
         join: Join | None = None,
     ) -> None:
         assert device.type == "cpu"
-        self.lengths = []
         self._shape = shape
         self._dtype = dtype
         self._cell = torch.float32 if dtype == torch.float32 else torch.bfloat16
@@ -44,9 +44,6 @@ class NativeStack(Stack):
         self._join_norm = None if join is None else join.norm.weight.data.float().contiguous()
         self._join = None if join is None else NativeLinear(join.linear.weight, join.linear.bias, dtype)
         self._kept: dict[int, list[Any]] = {}
-        self._adapter: Adapter | None = None
-        self._terms: list[NativeLowRank] = []
-        self._keys, self._values = _cells(layers, shape, self._cell)
         self.c_stack = CStack(
             shape.hidden,
             shape.intermediate,
@@ -62,7 +59,15 @@ class NativeStack(Stack):
             CLinear() if self._join is None else self._join.c,
             self._layers,
         )
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing is cached, and there is no adapter."""
+        self.lengths = []
+        self._keys, self._values = _cells(len(self._layers), self._shape, self._cell)
         self.c_cache = CCache(half=int(self._cell != torch.float32))
+        self._adapter: Adapter | None = None
+        self._terms: list[NativeLowRank] = []
 
     def place(self, index: int, layer: DecoderLayer) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -159,6 +164,17 @@ class NativeStack(Stack):
         for cells in (self._keys, self._values):
             cells.rows(destination, length).copy_(cells.rows(source, length))
         self.lengths[destination] = length
+
+    def twin(self) -> NativeStack:
+        twin = copy.copy(self)
+        twin._layers = type(self._layers).from_buffer_copy(self._layers)
+        for layer in twin._layers:
+            for name in PRODUCTS:
+                getattr(layer, name).low_rank = None
+        twin.c_stack = CStack.from_buffer_copy(self.c_stack)
+        twin.c_stack.layer = twin._layers
+        twin._start()
+        return twin
 
 
 @dataclass(frozen=True)
