@@ -1,8 +1,8 @@
 """How likely a drafted node is to be accepted: the drafter's probability, held against what became of others like it.
 
 A drafter's law says how probable it is that a token follows its parent. The target may think otherwise, and under the
-coupled rule the children are drawn with noise. So nodes are counted by who guessed them, by depth and by the log-odds
-of that law, and the chance of the next one like them is
+coupled rule the children are drawn with noise. So nodes are counted by who guessed them and by the log-odds of that
+law, and the chance of the next one like them is
 
     law  *  how many of them the target wrote  /  sum of their laws
 
@@ -20,7 +20,7 @@ from s4c.types import DraftTree
 from s4c.verify.tree import lines
 
 DEEPEST = 8
-"""Most levels that are planned; nodes of greater depth are counted with those of this one."""
+"""Most levels that are planned."""
 
 MOST_ODDS = 6
 """Log-odds beyond which nodes are counted together."""
@@ -68,11 +68,11 @@ class Share:
         return (self.hits + LASTING_WEIGHT * prior) / (self.weight + LASTING_WEIGHT)
 
 
-Cell = tuple[int, int, int]
-"""Who guessed a node (a bit for each drafter, the last one's the lowest), its depth, the log-odds of q."""
+Cell = tuple[int, int]
+"""Who guessed a node (a bit for each drafter, the last one's the lowest), and the log-odds of q."""
 
 
-NOBODY: Cell = (0, 0, 0)
+NOBODY: Cell = (0, 0)
 
 
 @dataclass(slots=True)
@@ -151,7 +151,7 @@ class Acceptance:
             if who:
                 law = min(max(math.exp(min(law, 0.0)), 1e-9), 1 - 1e-9)
                 odds = round(math.log(law / (1 - law)))
-                cell = (who, min(depth, DEEPEST), min(max(odds, -MOST_ODDS), MOST_ODDS))
+                cell = (who, min(max(odds, -MOST_ODDS), MOST_ODDS))
                 chance = row.chances[above] * self.chance(cell, law)
             row.depths.append(depth)
             row.cells.append(cell)

@@ -9,15 +9,15 @@
 The least of several drafts is taken, and of passes the lesser of the medians of two moments: other work on the machine
 makes them longer, never shorter, and what counts is how these times stand to each other. A file holds them for each
 machine, target and drafter, below the folder `costs` of the cache. While generating, what the rounds take corrects
-them: the pace, by which a pass takes longer now than when it was measured (a busy machine, costly sampling), how it
-grows with the width, and the drafts of each batch size. So a file stays good on a machine that has become slower, and
-what it says of some passes is soon corrected where it was taken in a bad moment.
+them: the paces of memory and cores, by which passes take longer now than when they were measured (`Pace`), and that of
+the drafts of each batch size. So a file stays good on a machine that has become slower or faster since.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -26,7 +26,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median, median_high
@@ -58,8 +58,8 @@ FEW, MANY = 1, 16
 """Tokens of the passes by which that, and whether a file still holds, is told."""
 
 REPEATS = 9
-RECENT, NOW = 31, 7
-"""Rounds whose medians count: of what lasts, and of how fast the machine is just now."""
+RECENT = 31
+"""Rounds whose medians count."""
 
 TRUSTED = 1.25
 """A file is measured anew where T(16) / T(1) is so many times what it says, or the inverse of it."""
@@ -70,10 +70,14 @@ LOOKS = 4
 BELIEVED = 3
 """Passes for which the measured share of plain ones stands when the first one is seen."""
 
-FADING, STIFFNESS, REACH, STRAY = 0.97, 8.0, 3, 1.3
-"""What a pass still counts for the slope when another one is seen; how much spread of widths, in tokens squared, it
-takes to move it; how many tokens from the mean width it is believed; and by how much a pass that tells of it may be off
-the pace of the moment."""
+SHARPNESS = 8.0
+"""K: how soon a pass takes as long as the slower of reading and multiplying."""
+
+MEMORY_SPREAD, CORES_SPREAD = 0.3, 0.2
+MEMORY_DRIFT, CORES_DRIFT = 0.02, 0.003
+NOISE, STRAY = 0.06, 0.25
+"""Of logarithms of times: how far the paces of memory and cores may be from what was measured, how far they go in a
+round, how far a pass is from what they say, and how much farther than that it is believed."""
 
 
 class Recent:
@@ -82,11 +86,10 @@ class Recent:
     Args:
         start: a first value.
         times: that it counts.
-        most: values that count.
     """
 
-    def __init__(self, start: float, times: int = 1, most: int = RECENT) -> None:
-        self._values = deque([start] * times, maxlen=most)
+    def __init__(self, start: float, times: int = 1) -> None:
+        self._values = deque([start] * times, maxlen=RECENT)
         self.middle = start
 
     def add(self, value: float) -> None:
@@ -97,48 +100,56 @@ class Recent:
 class Pace:
     """How passes go now, beside what was measured.
 
-    A machine's memory may be slower for some seconds by half, and its cores by a sixth. The first makes all passes
-    longer but the widest, the second the wide ones alone. So a pass over x tokens that took e when it was measured is
-    put at
+    A pass reads the weights and multiplies by them at the same time, and takes about as long as the slower of the two.
+    A machine's memory may be slower for some seconds by half, and its cores by a sixth. So a pass over x tokens takes
 
-        p e (1 + s (x - m))
+        (m^K f + c^K (1 - f))^(1/K)    times what was measured,    f = 1 / (1 + (x / knee)^K)
 
-    where p is the pace of the moment, the median of few passes, and s a slope of longer memory, by least squares over
-    the latest passes; m is their mean width. Passes of rounds without a tree are far away from the others, and have a
-    share of their own in place of the slope.
+    with a pace m of the memory and c of the cores: the sum of the K-th powers of both times, in place of the larger
+    one. The logarithms of m and c are followed by an extended Kalman filter, so passes over few tokens tell of the
+    memory and those over many of the cores. Passes of rounds without a tree go other ways, and have a share of their
+    own beside that.
+
+    Args:
+        knee: tokens by which multiplying takes as long as reading.
     """
 
-    def __init__(self) -> None:
-        self._now = Recent(1.0, most=NOW)
+    def __init__(self, knee: float) -> None:
+        self._part = cache(lambda tokens: 1 / (1 + (tokens / knee) ** SHARPNESS))
         self._plain = Recent(1.0, BELIEVED)
-        self._weight = self._mean_tokens = self._mean_share = self._squares = self._products = 0.0
+        self._memory = self._cores = 0.0
+        self._memory_variance, self._covariance, self._cores_variance = MEMORY_SPREAD**2, 0.0, CORES_SPREAD**2
+        self._powers = 1.0, 1.0
 
     @property
     def now(self) -> float:
-        """The pace of the moment."""
-        return self._now.middle
+        """The pace of the memory."""
+        return math.exp(self._memory)
+
+    def of(self, tokens: int, plain: bool) -> float:
+        """How many times as long as it was measured such a pass takes."""
+        part, (memory, cores) = self._part(tokens), self._powers
+        expected: float = (part * memory + (1 - part) * cores) ** (1 / SHARPNESS)
+        return expected * self._plain.middle if plain else expected
 
     def add(self, tokens: int, plain: bool, quotient: float) -> None:
         """Count a pass that took so many times as long as when it was measured."""
-        relative = quotient / self.now
         if plain:
-            self._plain.add(relative)
-        else:
-            relative = min(max(relative, 1 / STRAY), STRAY)
-            self._weight = 1 + FADING * self._weight
-            x = tokens - self._mean_tokens
-            self._mean_tokens += x / self._weight
-            self._mean_share += (relative - self._mean_share) / self._weight
-            self._squares = FADING * self._squares + x * (tokens - self._mean_tokens)
-            self._products = FADING * self._products + x * (relative - self._mean_share)
-        self._now.add(quotient / self.share(tokens, plain))
-
-    def share(self, tokens: int, plain: bool) -> float:
-        """By how much such a pass keeps to the pace of the moment or not."""
-        if plain:
-            return self._plain.middle
-        slope = self._products / (self._squares + STIFFNESS)
-        return max(1 / STRAY, 1 + slope * min(max(tokens - self._mean_tokens, -REACH), REACH))
+            self._plain.add(quotient / self.of(tokens, False))
+        error = min(max(math.log(max(quotient, 1e-6) / self.of(tokens, plain)), -STRAY), STRAY)
+        part, (memory, cores) = self._part(tokens), self._powers
+        waiting = part * memory / (part * memory + (1 - part) * cores)
+        self._memory_variance = min(self._memory_variance + MEMORY_DRIFT**2, MEMORY_SPREAD**2)
+        self._cores_variance = min(self._cores_variance + CORES_DRIFT**2, CORES_SPREAD**2)
+        of_memory = self._memory_variance * waiting + self._covariance * (1 - waiting)
+        of_cores = self._covariance * waiting + self._cores_variance * (1 - waiting)
+        variance = of_memory * waiting + of_cores * (1 - waiting) + NOISE**2
+        self._memory += of_memory / variance * error
+        self._cores += of_cores / variance * error
+        self._memory_variance -= of_memory * of_memory / variance
+        self._covariance -= of_memory * of_cores / variance
+        self._cores_variance -= of_cores * of_cores / variance
+        self._powers = math.exp(SHARPNESS * self._memory), math.exp(SHARPNESS * self._cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +201,9 @@ class Costs:
         self._table = _between(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
-        self._pace = Pace()
+        self._pace = Pace(last * self._table[1] / self._table[last])
         self._rest = Recent(0.0)
-        self._drafts: dict[tuple[int, int], Recent] = {}
+        self._drafting: dict[tuple[int, bool], Recent] = {}
         self._passes = lru_cache(maxsize=8)(self._measured)
 
     def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
@@ -208,18 +219,16 @@ class Costs:
 
     def prices(self, batch: int, most: int, further: int = 0) -> Prices:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
-        seen = {level: recent.middle for (size, level), recent in self._drafts.items() if size == batch}
-        drafts = self.drafts | seen
-        now = self._pace.now
-        paces = [now * self._pace.share(batch, True)] * 2
-        paces += [now * self._pace.share(batch * nodes, False) for nodes in range(2, most + 1)]
+        drafting = [self._drafting.get((batch, drafts), Recent(1.0)).middle for drafts in (False, True)]
+        paces = [self._pace.of(batch, True)] * 2
+        paces += [self._pace.of(batch * nodes, False) for nodes in range(2, most + 1)]
         passes = [pace * seconds for pace, seconds in zip(paces, self._passes(batch, most, further), strict=True)]
         passes[2:] = accumulate(passes[2:], max)  # more tokens never take less
         return Prices(
             passes,
-            [now * drafts.get(level, 0.0) for level in range(1 + max(drafts, default=0))],
+            [drafting[level > 0] * self.drafts.get(level, 0.0) for level in range(1 + max(self.drafts, default=0))],
             self._rest.middle,
-            now * self.probing,
+            self._pace.now * self.probing,
         )
 
     def observe(
@@ -236,9 +245,9 @@ class Costs:
         expected = self._pass(batch, nodes, further) + probing * self.probing
         self._pace.add(batch * nodes, nodes < 2, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        draft = seconds["draft"] / self._pace.now
-        start = self.drafts.get(levels, draft)
-        self._drafts.setdefault((batch, levels), Recent(start)).add(draft)
+        drafting = self._drafting.setdefault((batch, levels > 0), Recent(1.0))
+        if self.drafts.setdefault(levels, seconds["draft"] / drafting.middle):
+            drafting.add(seconds["draft"] / self.drafts[levels])
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""

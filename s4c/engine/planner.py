@@ -8,8 +8,8 @@ n is the size of a tree, its probes included, and l the number of levels that we
 (engine/costs.py; T for the lengths of the contexts and for probes), and a(v) is the chance that v is accepted: the
 product, along its path, of the chances that a node is where its parent is.
 
-The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q at a like depth, guessed
-by the same drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
+The chance is not the drafter's probability q, but that calibrated: of the nodes with a like q, guessed by the same
+drafters, it is known how often the target wrote them. That is known of every node below an accepted one,
 checked or not, for the round tells which token came there. So are the sizes decided, in three steps.
 
     Before drafting    l, from what level i added on average when level i - 1 was right, and the n that trees of l
