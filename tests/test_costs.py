@@ -92,16 +92,23 @@ def test_what_a_wide_pass_costs_is_corrected_by_rounds() -> None:
     assert costs.round(1, 1, 0) == pytest.approx(true.round(1, 1, 0), rel=0.01)
 
 
-def test_one_pace_of_all_drafts() -> None:
-    """Drafts of many levels cost no less than those of few because they were seen at another moment."""
+def drafts_of(costs: Costs, times: int, level: int, quotient: float) -> list[float]:
+    for _ in range(times):
+        costs.observe(1, 8, level, seconds_of(costs, 8, level) | {"draft": quotient * LEVELS[level]})
+    return costs.prices(1, 8).drafts
+
+
+def test_drafts_have_a_pace_and_each_depth_a_share() -> None:
+    """Drafts of many levels are no cheaper than those of few because they were seen at another moment."""
     costs = Costs({1: 1.0, 32: 2.0}, LEVELS)
-    for level in (2, 7):
-        for _ in range(costs_module.RECENT):
-            usual = seconds_of(costs, 8, level)
-            costs.observe(1, 8, level, usual | {"draft": usual["draft"] * (3 if level == 2 else 0.5)})
-    drafts = costs.prices(1, 8).drafts
-    assert drafts[1:] == pytest.approx([0.5 * LEVELS[level] for level in range(1, DEEPEST + 1)])
-    assert drafts[0] == LEVELS[0], "of making none this says nothing"
+    drafts_of(costs, 40, 2, 3.0)
+    drafts = drafts_of(costs, 40, 7, 0.5)
+    assert drafts == pytest.approx([0.5 * LEVELS[level] for level in range(DEEPEST + 1)])
+    for _ in range(40):  # of seven levels three are not drafted, for too little hope
+        drafts_of(costs, 1, 2, 1.0)
+        drafts = drafts_of(costs, 1, 7, 0.6)
+    assert drafts[7] == pytest.approx(0.6 * LEVELS[7])
+    assert drafts[2] == pytest.approx(LEVELS[2])
 
 
 def rounds(costs: Costs, seconds: Callable[[int, int], float], sizes: Sequence[int]) -> None:

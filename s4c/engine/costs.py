@@ -58,8 +58,8 @@ FEW, MANY = 1, 16
 """Tokens of the passes by which that, and whether a file still holds, is told."""
 
 REPEATS = 9
-RECENT = 31
-"""Rounds whose medians count."""
+RECENT, NOW = 31, 7
+"""Rounds whose medians count: of what lasts, and of how fast drafts are just now."""
 
 TRUSTED = 1.25
 """A file is measured anew where T(16) / T(1) is so many times what it says, or the inverse of it."""
@@ -86,10 +86,11 @@ class Recent:
     Args:
         start: a first value.
         times: that it counts.
+        most: values that count.
     """
 
-    def __init__(self, start: float, times: int = 1) -> None:
-        self._values = deque([start] * times, maxlen=RECENT)
+    def __init__(self, start: float, times: int = 1, most: int = RECENT) -> None:
+        self._values = deque([start] * times, maxlen=most)
         self.middle = start
 
     def add(self, value: float) -> None:
@@ -203,7 +204,8 @@ class Costs:
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
         self._pace = Pace(last * self._table[1] / self._table[last])
         self._rest = Recent(0.0)
-        self._drafting: dict[tuple[int, bool], Recent] = {}
+        self._drafting: dict[int, Recent] = {}
+        self._drafts: dict[tuple[int, int], Recent] = {}
         self._passes = lru_cache(maxsize=8)(self._measured)
 
     def round(self, batch: int, nodes: int, levels: int, further: int = 0) -> float:
@@ -219,14 +221,18 @@ class Costs:
 
     def prices(self, batch: int, most: int, further: int = 0) -> Prices:
         """The same for all trees of up to `most` nodes and drafts of any depth."""
-        drafting = [self._drafting.get((batch, drafts), Recent(1.0)).middle for drafts in (False, True)]
+        drafting = self._drafting[batch].middle if batch in self._drafting else 1.0
+        shares = {level: share.middle for (size, level), share in self._drafts.items() if size == batch}
         paces = [self._pace.of(batch, True)] * 2
         paces += [self._pace.of(batch * nodes, False) for nodes in range(2, most + 1)]
         passes = [pace * seconds for pace, seconds in zip(paces, self._passes(batch, most, further), strict=True)]
         passes[2:] = accumulate(passes[2:], max)  # more tokens never take less
         return Prices(
             passes,
-            [drafting[level > 0] * self.drafts.get(level, 0.0) for level in range(1 + max(self.drafts, default=0))],
+            [
+                drafting * shares.get(level, 1.0) * self.drafts.get(level, 0.0)
+                for level in range(1 + max(self.drafts, default=0))
+            ],
             self._rest.middle,
             self._pace.now * self.probing,
         )
@@ -245,9 +251,17 @@ class Costs:
         expected = self._pass(batch, nodes, further) + probing * self.probing
         self._pace.add(batch * nodes, nodes < 2, passed / expected)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        drafting = self._drafting.setdefault((batch, levels > 0), Recent(1.0))
-        if self.drafts.setdefault(levels, seconds["draft"] / drafting.middle):
-            drafting.add(seconds["draft"] / self.drafts[levels])
+        self._observe_draft(batch, levels, seconds["draft"])
+
+    def _observe_draft(self, batch: int, levels: int, seconds: float) -> None:
+        """A draft goes by the pace of all drafts, and one of so many levels has a share of its own: many end before."""
+        pace = self._drafting.setdefault(batch, Recent(1.0, most=NOW))
+        share = self._drafts.setdefault((batch, levels), Recent(1.0, 2 * NOW))
+        if self.drafts.setdefault(levels, seconds / pace.middle):
+            quotient = seconds / self.drafts[levels]
+            share.add(quotient / pace.middle)
+            if levels:
+                pace.add(quotient / share.middle)
 
     def _measured(self, batch: int, most: int, further: int) -> list[float]:
         """Seconds of passes over 0 to `most` nodes of each sequence, as they were measured."""
