@@ -143,6 +143,15 @@ def test_the_knee_moves_with_the_paces_of_memory_and_cores(memory: float, cores:
     assert passes[6] / passes[4] == pytest.approx(1.0, abs=0.06), "below the knee a node is free"
 
 
+def test_cores_that_are_shared_for_a_while_are_noticed_within_rounds() -> None:
+    """Another program multiplies: passes over few tokens take as long as before, those over many half as long again."""
+    costs = Costs({n: machine(n) for n in costs_module.SIZES}, dict.fromkeys(LEVELS, 0.0))
+    rounds(costs, lambda number, size: machine(size, 1.0, 1.0 if number < 300 else 1.5), [8, 10, 4, 12] * 80)
+    passes = costs.prices(1, 16).passes
+    assert passes[12] == pytest.approx(machine(12, 1.0, 1.5), rel=0.1)
+    assert passes[4] == pytest.approx(machine(4), rel=0.1)
+
+
 def test_a_busy_machine_is_slower_for_all_passes() -> None:
     """Sizes and seconds change at the same moment."""
     costs = Costs({n: machine(n) for n in costs_module.SIZES}, dict.fromkeys(LEVELS, 0.0))

@@ -73,8 +73,8 @@ BELIEVED = 3
 SHARPNESS = 8.0
 """K: how soon a pass takes as long as the slower of reading and multiplying."""
 
-MEMORY_SPREAD, CORES_SPREAD = 0.3, 0.2
-MEMORY_DRIFT, CORES_DRIFT = 0.02, 0.003
+MEMORY_SPREAD, CORES_SPREAD = 0.3, 0.15
+MEMORY_DRIFT, CORES_DRIFT = 0.02, 0.012
 NOISE, STRAY = 0.06, 0.25
 """Of logarithms of times: how far the paces of memory and cores may be from what was measured, how far they go in a
 round, how far a pass is from what they say, and how much farther than that it is believed."""
