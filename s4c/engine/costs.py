@@ -102,7 +102,8 @@ class Pace:
     """How passes go now, beside what was measured.
 
     A pass reads the weights and multiplies by them at the same time, and takes about as long as the slower of the two.
-    A machine's memory may be slower for some seconds by half, and its cores by a sixth. So a pass over x tokens takes
+    A machine's memory may be slower for some seconds by half, and its cores where others share them. So a pass over x
+    tokens takes
 
         (m^K f + c^K (1 - f))^(1/K)    times what was measured,    f = 1 / (1 + (x / knee)^K)
 
