@@ -258,8 +258,9 @@ class Costs:
         """A draft goes by the pace of all drafts, and one of so many levels has a share of its own: many end before."""
         pace = self._drafting.setdefault(batch, Recent(1.0, most=NOW))
         share = self._drafts.setdefault((batch, levels), Recent(1.0, 2 * NOW))
-        if self.drafts.setdefault(levels, seconds / pace.middle):
-            quotient = seconds / self.drafts[levels]
+        measured = self.drafts.setdefault(levels, seconds / pace.middle)
+        if measured:
+            quotient = seconds / measured
             share.add(quotient / pace.middle)
             if levels:
                 pace.add(quotient / share.middle)
