@@ -18,4 +18,4 @@ if not torch.cuda.is_available():
 def costs_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = str(tmp_path_factory.mktemp("costs"))
     patch = pytest.MonkeyPatch()
-    patch.setattr("s4c.engine.costs.home", lambda: Path(os.environ.get("S4C_HOME", elsewhere)))
+    patch.setattr("s4c.engine.measure.home", lambda: Path(os.environ.get("S4C_HOME", elsewhere)))

@@ -23,8 +23,8 @@ from s4c.cli.compare import Comparison
 from s4c.cli.main import app
 from s4c.cli.stream import Painter
 from s4c.cli.train import parse_settings, train, trained_method
-from s4c.engine.costs import SIZES
 from s4c.engine.llm import LLM, Chunk
+from s4c.engine.measure import SIZES
 from s4c.engine.sequence import Generation
 from s4c.engine.stats import Stats
 from s4c.training.losses import LossWeights

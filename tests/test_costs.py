@@ -1,35 +1,18 @@
-"""What rounds cost: the tables, what corrects them, how they are measured and kept."""
+"""What rounds cost: the tables, and what corrects them."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny_models
-import torch
-from test_engine import PROMPTS, s4c_drafter
-from typer.testing import CliRunner
 
-from s4c import LLM, SamplingParams
-from s4c.cli.main import app
-from s4c.drafters.combined import CombinedDrafter
-from s4c.drafters.ngram import NgramDrafter
-from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel
-from s4c.engine import costs as costs_module
-from s4c.engine.costs import CONTEXT, Costs, known_costs, measured_costs
-from s4c.engine.planner import DEEPEST, CostPlanner, plans_by_levels
+from s4c.engine.costs import CONTEXT, Costs
+from s4c.engine.measure import SIZES
+from s4c.engine.pace import RECENT
+from s4c.engine.planner import DEEPEST, CostPlanner
 from s4c.engine.stats import STEPS
-from s4c.models.loading import load_target
-from s4c.types import DraftTree
 from s4c.verify.tree import from_paths
-
-FLAT = {1: 0.016, 8: 0.019, 16: 0.023, 32: 0.045}
-"""Seconds of passes that cost little more for more tokens."""
 
 LEVELS = {level: 0.0002 + 0.0006 * level for level in range(DEEPEST + 1)}
 
@@ -38,25 +21,6 @@ def seconds_of(costs: Costs, tokens: int, levels: int) -> dict[str, float]:
     """The steps of a round that takes exactly what the tables say."""
     passed = Costs(costs.passes, {}).round(1, tokens, 0)
     return {"draft": costs.drafts[levels], "verify": passed, "judge": 0.0, "commit": 0.0, "schedule": 0.0}
-
-
-# What a round costs
-
-
-@pytest.mark.parametrize("busy", [1.0, 3.0])
-def test_the_cost_of_attention_is_that_of_a_quiet_machine(
-    busy: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """T(n) was measured in peace; passes behind a long context may be timed while something else runs."""
-    near = {1: 0.016, 16: 0.024}
-
-    def timed(target: Any, work: Any, sizes: Any, context: int = CONTEXT, **_: Any) -> dict[int, float]:
-        return {n: busy * (near[n] + (context - CONTEXT) * (1e-6 + 2e-7 * n)) for n in sizes}
-
-    monkeypatch.setattr(costs_module, "pass_seconds", timed)
-    target = load_target(str(tiny_models.save(tmp_path, "llama")))
-    target.spec = replace(target.spec, context_length=4096)
-    assert costs_module.attention_seconds(target, near) == pytest.approx((1e-6, 2e-7))
 
 
 def test_costs_lie_on_straight_lines_that_never_fall() -> None:
@@ -75,7 +39,7 @@ def test_costs_follow_the_rounds_but_not_a_slow_one() -> None:
         usual = seconds_of(costs, 1, 2)
         costs.observe(1, 1, 2, {step: (100 if number == 30 else 1) * value for step, value in usual.items()})
     assert costs.round(1, 1, 2) == pytest.approx(before, rel=0.02)
-    for _ in range(2 * costs_module.RECENT):
+    for _ in range(2 * RECENT):
         costs.observe(1, 1, 2, slow)
     assert costs.round(1, 1, 2) == pytest.approx(3.5, rel=0.001)
     assert costs.round(1, 32, 0) < 2 * 2, "a pass over one token waits for memory, and tells little of the cores"
@@ -85,7 +49,7 @@ def test_costs_follow_the_rounds_but_not_a_slow_one() -> None:
 def test_what_a_wide_pass_costs_is_corrected_by_rounds() -> None:
     """Measured in a bad moment a pass of 8 passed for twice a plain one, and is a quarter more."""
     costs, true = Costs({1: 1.0, 8: 2.0, 32: 8.0}, LEVELS), Costs({1: 1.0, 8: 1.25, 32: 5.0}, LEVELS)
-    for _ in range(2 * costs_module.RECENT):
+    for _ in range(2 * RECENT):
         costs.observe(1, 1, 0, seconds_of(true, 1, 0))
         costs.observe(1, 8, 2, seconds_of(true, 8, 2))
     assert costs.round(1, 8, 2) == pytest.approx(true.round(1, 8, 2), rel=0.05)
@@ -128,7 +92,7 @@ def machine(tokens: int, memory: float = 1.0, cores: float = 1.0) -> float:
 @pytest.mark.parametrize(("memory", "cores"), [(0.75, 1.0), (0.75, 1.2), (1.0, 1.2), (1.3, 1.0), (1.0, 1.0)])
 def test_the_knee_moves_with_the_paces_of_memory_and_cores(memory: float, cores: float) -> None:
     """Trees were of 5 to 10 nodes before and after, and each pass is off by up to a tenth."""
-    costs = Costs({n: machine(n) for n in costs_module.SIZES}, dict.fromkeys(LEVELS, 0.0))
+    costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
     chance = random.Random(0)
     sizes = [chance.randint(5, 10) for _ in range(200)]
 
@@ -145,7 +109,7 @@ def test_the_knee_moves_with_the_paces_of_memory_and_cores(memory: float, cores:
 
 def test_cores_that_are_shared_for_a_while_are_noticed_within_rounds() -> None:
     """Another program multiplies: passes over few tokens take as long as before, those over many half as long again."""
-    costs = Costs({n: machine(n) for n in costs_module.SIZES}, dict.fromkeys(LEVELS, 0.0))
+    costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
     rounds(costs, lambda number, size: machine(size, 1.0, 1.0 if number < 300 else 1.5), [8, 10, 4, 12] * 80)
     passes = costs.prices(1, 16).passes
     assert passes[12] == pytest.approx(machine(12, 1.0, 1.5), rel=0.1)
@@ -154,12 +118,22 @@ def test_cores_that_are_shared_for_a_while_are_noticed_within_rounds() -> None:
 
 def test_a_busy_machine_is_slower_for_all_passes() -> None:
     """Sizes and seconds change at the same moment."""
-    costs = Costs({n: machine(n) for n in costs_module.SIZES}, dict.fromkeys(LEVELS, 0.0))
+    costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
     before = costs.prices(1, 16).passes
     rounds(costs, lambda number, size: (2.0 if number >= 40 else 1.0) * costs._table[size], [6] * 40 + [7, 14] * 40)
     after = costs.prices(1, 16).passes
     assert after[7] == pytest.approx(2 * before[7], rel=0.02)
     assert after[14] == pytest.approx(2 * before[14], rel=0.05)
+
+
+def test_looks_at_the_start_tell_how_fast_memory_and_cores_are() -> None:
+    costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
+    for tokens in (1, 16):
+        costs.look(tokens, machine(tokens, 0.75, 1.0), 4)
+    passes = costs.prices(1, 16).passes
+    assert passes[1] == pytest.approx(machine(1, 0.75), rel=0.05)
+    assert passes[6] == pytest.approx(machine(6, 0.75), rel=0.05)
+    assert passes[14] == pytest.approx(machine(14, 0.75), rel=0.05)
 
 
 def test_plain_rounds_have_a_pace_of_their_own() -> None:
@@ -175,7 +149,7 @@ def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:
     before, seconds = costs.prices(1, 8), seconds_of(costs, 5, 2)
     assert before.round(5, 2, probing=True) == pytest.approx(before.round(5, 2) + 0.5)
     seconds["verify"] += 0.5
-    for _ in range(costs_module.RECENT):
+    for _ in range(RECENT):
         costs.observe(1, 5, 2, seconds, probing=True)
     after = costs.prices(1, 8)
     assert after.passes == pytest.approx(before.passes)
@@ -188,7 +162,7 @@ def test_a_longer_context_makes_each_node_dearer() -> None:
     assert costs.round(2, 2, 0, 100) == pytest.approx(1.75 + 100 * 0.002)
     assert costs.round(1, 1, 0, -10 * CONTEXT) == pytest.approx(1.0 - CONTEXT * 0.0015), "there is nothing to read"
     far = {"draft": 0.0, "verify": costs.round(1, 4, 0, 1000), "judge": 0.0, "commit": 0.0, "schedule": 0.0}
-    for _ in range(costs_module.RECENT):
+    for _ in range(RECENT):
         costs.observe(1, 4, 0, far, 1000)
     assert costs.round(1, 1, 0) == pytest.approx(1.0), "that is not the machine's pace"
 
@@ -206,156 +180,3 @@ def test_trees_are_smaller_behind_a_long_context() -> None:
         planner.plan([context])
         sizes.append(planner.prune(tree).size)
     assert sizes[0] > sizes[1] > sizes[2]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    directory = tiny_models.save(tmp_path_factory.mktemp("model"), "llama", seed=3)
-    return LLM(str(directory), "none", max_batch=4)
-
-
-# What is measured, and kept
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """A cache folder of its own, and a clock that goes on by `clock[1]` at each look; `clock[2]` counts them."""
-    monkeypatch.setenv("S4C_HOME", str(tmp_path / "home"))
-    state = [0.0, 1.0, 0]
-
-    def now(target: Any) -> float:
-        state[0] += state[1]
-        state[2] += 1
-        return state[0]
-
-    monkeypatch.setattr(costs_module, "now", now)
-    return state
-
-
-def sdsat_drafter(llm: LLM) -> SDSATDrafter:
-    drafter = SDSATModel(
-        llm.target, SDSATConfig(tokens=3, rank=2, fused=1), torch.arange(llm.target.spec.vocab_size)
-    ).drafter(llm.target)
-    assert isinstance(drafter, SDSATDrafter)
-    return drafter
-
-
-def files(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "home" / "costs").iterdir())
-
-
-def test_costs_are_measured_once_and_kept(llm: LLM, clock: list[float], tmp_path: Path) -> None:
-    drafter, plans = s4c_drafter(llm), plans_by_levels()
-    assert known_costs(llm.target, drafter, 2) is None
-    costs = measured_costs(llm.target, drafter, plans, 2)
-    assert set(costs.passes.values()) == set(costs.drafts.values()) == {1.0}
-    assert set(costs.drafts) == set(range(DEEPEST + 1))
-    looks, clock[2] = clock[2], 0
-    again = measured_costs(llm.target, drafter, plans, 2)
-    assert (again.passes, again.drafts) == (costs.passes, costs.drafts)
-    assert clock[2] < looks / 3, "only a few passes, to see that nothing has changed"
-    assert len(files(tmp_path)) == 1
-    measured_costs(llm.target, drafter, plans, 1)
-    measured_costs(llm.target, NgramDrafter(), plans, 2)
-    assert len(files(tmp_path)) == 3
-
-
-def test_what_probes_add_to_a_pass_and_a_tree_of_what_they_said_is_measured(llm: LLM, clock: list[float]) -> None:
-    """By a clock that goes on by another half for a pass with probes and by 3 for a tree of what they said."""
-    drafter = sdsat_drafter(llm)
-    costs = measured_costs(llm.target, drafter, plans_by_levels(), 2)
-    assert costs.probing == 0.0
-    verify, candidates = llm.target.verify, drafter._candidates
-
-    def slow_verify(tree: DraftTree, taps: Any = ()) -> Any:
-        clock[0] += 0.5 * bool((tree.tokens >= llm.target.spec.vocab_size).any())
-        return verify(tree, taps)
-
-    def slow_candidates(sequences: Any, plan: Any, laws: Any) -> DraftTree:
-        clock[0] += 3.0 * bool(len(laws[0]))
-        return candidates(sequences, plan, laws)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.target, "verify", slow_verify)
-        patch.setattr(drafter, "_candidates", slow_candidates)
-        drafts, probing = costs_module.draft_seconds(llm.target, drafter, plans_by_levels(), costs.passes)
-    assert probing == pytest.approx(0.5)
-    assert drafts[0] == pytest.approx(1.0)
-    assert [drafts[level] for level in range(1, DEEPEST + 1)] == pytest.approx([4.0] * DEEPEST)
-
-
-def test_a_drafter_of_other_settings_has_costs_of_its_own(llm: LLM, clock: list[float]) -> None:
-    drafter, plans = s4c_drafter(llm), plans_by_levels()
-    measured_costs(llm.target, drafter, plans, 2)
-    assert known_costs(llm.target, drafter, 2) is not None
-    drafter.settings = "twice as many layers"
-    assert known_costs(llm.target, drafter, 2) is None
-    assert known_costs(llm.target, CombinedDrafter(drafter, NgramDrafter()), 2) is None
-
-
-def test_a_machine_whose_passes_changed_apart_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path) -> None:
-    drafter, plans = NgramDrafter(), plans_by_levels()
-    costs = measured_costs(llm.target, drafter, plans, 2)
-    clock[1] = 2.0
-    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == 1.0, "slower, but evenly so"
-    (file,) = files(tmp_path)
-    tables = json.loads(file.read_text())
-    file.write_text(json.dumps(tables | {"passes": costs.passes | {16: 0.5}}))
-    assert measured_costs(llm.target, drafter, plans, 2).passes[1] == pytest.approx(2.0)
-    known = known_costs(llm.target, drafter, 2)
-    assert known is not None
-    assert known.passes[1] == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        '{"passes": {}, "drafts": {"0": 1}, "attention": [0, 0], "probing": 0}',
-        '{"passes": {"1": -1, "2": 1}, "drafts": {"0": 1}, "attention": [0, 0], "probing": 0}',
-        '{"passes": {"1": 1, "2": 1}, "drafts": {"0": 1}, "attention": [0], "probing": 0}',
-    ],
-)
-def test_a_damaged_file_is_measured_anew(llm: LLM, clock: list[float], tmp_path: Path, damage: str) -> None:
-    drafter = NgramDrafter()
-    costs = measured_costs(llm.target, drafter, plans_by_levels(), 2)
-    (file,) = files(tmp_path)
-    file.write_text(damage)
-    assert known_costs(llm.target, drafter, 2) is None
-    assert measured_costs(llm.target, drafter, plans_by_levels(), 2).passes == costs.passes
-    assert json.loads(file.read_text())["passes"]["1"] == 1.0
-    assert files(tmp_path) == [file]
-
-
-def test_a_cache_that_cannot_be_written_is_named_and_no_hindrance(
-    llm: LLM, clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("S4C_HOME", str(tmp_path / "file"))
-    with pytest.warns(match="S4C_HOME"):
-        assert measured_costs(llm.target, NgramDrafter(), plans_by_levels(), 2).passes[1] == 1.0
-
-
-def test_a_plan_is_asked_for_by_name(llm: LLM, clock: list[float]) -> None:
-    llm.rule = "coupled"
-    llm.use("none")
-    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
-    plain = llm.generate(PROMPTS[3], params).token_ids
-    drafter = CombinedDrafter(s4c_drafter(llm), NgramDrafter())
-    llm.use(drafter, "plan")
-    assert llm.generate(PROMPTS[3], params).token_ids == plain
-    planner = llm._planners[drafter]
-    llm.use("none")
-    llm.use(drafter, "plan")
-    assert llm._engine.planner is planner, "what it has learnt is kept"
-
-
-def test_the_command_line_plans(clock: list[float], tmp_path: Path) -> None:
-    directory = tiny_models.save(tmp_path / "model", "llama", tokenizer=True)
-    command = ["generate", "abcabcabc", "--raw", "--target", str(directory), "--max-new-tokens", "12", "--json"]
-    answers = [json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--tree", "plan"])]
-    assert answers[0]["token_ids"] == answers[1]["token_ids"]
-    assert answers[1]["stats"]["tree_sizes"]

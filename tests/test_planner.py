@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_costs import FLAT, LEVELS, seconds_of
+from test_costs import LEVELS, seconds_of
 from test_engine import PROMPTS, SETTINGS, Prophet, s4c_drafter
 
 from s4c import LLM, SamplingParams
@@ -23,6 +23,10 @@ from s4c.engine.costs import CONTEXT, Costs, Prices
 from s4c.engine.planner import DEEPEST, MARGIN, POOL, REPRICED, CostPlanner
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import from_paths, merge
+
+FLAT = {1: 0.016, 8: 0.019, 16: 0.023, 32: 0.045}
+"""Seconds of passes that cost little more for more tokens."""
+
 
 # The size of a tree
 

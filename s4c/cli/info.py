@@ -167,14 +167,14 @@ def _reason(target: Target, asked: str) -> str:
 
 def pass_costs(target: Target) -> dict[int, float]:
     """Milliseconds of a verification pass by number of tokens."""
-    from s4c.engine.costs import SIZES, pass_seconds
+    from s4c.engine.measure import SIZES, pass_seconds
 
     return _milliseconds(pass_seconds(target, target.verify, SIZES))
 
 
 def planner_costs(llm: LLM) -> dict[str, dict[int, float]] | None:
     """What `--tree plan` goes by, in milliseconds: None before it was asked for."""
-    from s4c.engine.costs import known_costs
+    from s4c.engine.measure import known_costs
 
     costs = known_costs(llm.target, llm.drafter, llm.threads)
     if costs is None:
@@ -190,7 +190,7 @@ def read_bandwidth(llm: LLM) -> float:
     """Bytes per second at which weights are read here: by the fastest of a few products with a matrix of 256 MB."""
     import torch
 
-    from s4c.engine.costs import now
+    from s4c.engine.measure import now
     from s4c.models.layers import Linear
 
     linear = Linear.of(torch.ones(READ_BYTES // 4 // 1024, 1024, device=llm.target.device))
@@ -206,7 +206,8 @@ def read_bandwidth(llm: LLM) -> float:
 
 def round_cost(llm: LLM) -> dict[str, Any]:
     """Mean milliseconds of the steps of a round of this drafter and tree."""
-    from s4c.engine.costs import CONTEXT, some_tokens
+    from s4c.engine.costs import CONTEXT
+    from s4c.engine.measure import some_tokens
     from s4c.types import SamplingParams
 
     spec = llm.target.spec

@@ -20,7 +20,7 @@ from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, NoDrafter
 from s4c.drafters.checkpoint import load_drafter, read_checkpoint
 from s4c.drafters.combined import CombinedDrafter
-from s4c.engine.costs import measured_costs
+from s4c.engine.measure import measured_costs
 from s4c.engine.planner import NAME, CostPlanner, FixedPlanner, plans_by_levels
 from s4c.engine.round import Engine
 from s4c.engine.sequence import Generation, Sequence
