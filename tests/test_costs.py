@@ -156,6 +156,27 @@ def test_probes_are_dearer_than_other_rows_and_no_slower_machine() -> None:
     assert after.round(5, 2, probing=True) == pytest.approx(sum(seconds.values()))
 
 
+def test_what_probes_add_is_corrected_by_rounds_with_and_without_them() -> None:
+    costs = Costs({1: 1.0, 32: 2.0}, LEVELS, probing=0.25)
+    for _ in range(RECENT):
+        costs.observe(1, 1, 0, seconds_of(costs, 1, 0))
+        costs.observe(1, 5, 2, seconds_of(costs, 5, 2) | {"judge": 0.5}, probing=True)
+        costs.observe(1, 5, 2, seconds_of(costs, 5, 2))
+    prices, true = costs.prices(1, 8), seconds_of(costs, 5, 2)
+    assert prices.round(5, 2, probing=True) == pytest.approx(sum(true.values()) + 0.5, rel=0.02)
+    assert prices.round(5, 2) == pytest.approx(sum(true.values()), rel=0.1)
+    assert prices.passes[1] == pytest.approx(1.0, rel=0.05)
+
+
+def test_where_nothing_is_drafted_a_change_is_the_memorys() -> None:
+    costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
+    rounds(costs, lambda _, size: (0.95 if size == 1 else 1.0) * machine(size), [1, 6, 1, 5, 8] * 20)
+    rounds(costs, lambda _, size: 0.95 * machine(size, 0.7), [1] * 60)
+    passes = costs.prices(1, 16).passes
+    assert passes[1] == pytest.approx(0.95 * machine(1, 0.7), rel=0.02)
+    assert passes[4] == pytest.approx(machine(4, 0.7), rel=0.05)
+
+
 def test_a_longer_context_makes_each_node_dearer() -> None:
     costs = Costs({1: 1.0, 2: 1.25, 32: 8.75}, {0: 0.0}, (0.001, 0.0005))
     assert costs.round(1, 2, 0, 100) == pytest.approx(1.25 + 100 * 0.002)

@@ -159,17 +159,19 @@ class MedusaDrafter(Drafter):
         for part in (*self._heads, self._shared):
             pack(part, dtype, native)
         self._select = native_top_and_total if native else None
-        self._features: dict[int, Tensor] = {}
+        self._last: dict[int, tuple[Tensor, int, int]] = {}
+        """By slot: the features of a pass, and where among them its last one is."""
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._features[slot] = F.pad(features[-1:].float(), (0, 0, 1, 0))[-1]
+        self._last[slot] = F.pad(features[-1:], (0, 0, 1, 0))[None], 0, -1
 
     @torch.no_grad()
     def propose(self, sequences: Sequences) -> DraftTree:
         if sequences.plan.nodes == 1:
             return root_only(sequences.roots, sequences.device)
         builder = sequences.plan.deepened(len(self._heads)).grow(sequences.root_tokens, self._select)
-        feature = torch.stack([self._features[slot] for slot in range(len(sequences.tokens))])[:, None]
+        last = [self._last[slot] for slot in range(len(sequences.tokens))]
+        feature = torch.stack([features[row, node] for features, row, node in last]).float()[:, None]
         while builder.open and builder.level < len(self._heads):
             head = self._heads[builder.level]
             logits = head.logits(head.blocks(feature), self._shared).float()
@@ -178,10 +180,10 @@ class MedusaDrafter(Drafter):
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
         for slot, (path, _) in enumerate(verdict.lines):
-            self._features[slot] = output.features[slot, path[-1]].float().clone()
+            self._last[slot] = output.features, slot, path[-1]
 
     def move(self, source: int, destination: int) -> None:
-        self._features[destination] = self._features.pop(source)
+        self._last[destination] = self._last.pop(source)
 
 
 METHOD = Method(name=MedusaDrafter.name, config=MedusaConfig, model=MedusaModel)

@@ -254,15 +254,15 @@ class SDSATDrafter(Drafter):
         self._select = native_top_and_total if target.runtime == "native" else None
         self._silence = torch.empty(0, self._first, device=target.device)
         self._laws: dict[int, Tensor] = {}
-        """By slot: [L, V], what probes said of the L tokens after the root, L from 0 to k."""
+        """By slot, where probes said something: [L, V], of the L tokens after the root, L from 1 to k."""
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        self._laws[slot] = self._silence
+        self._laws.pop(slot, None)
 
     def propose(self, sequences: Sequences) -> DraftTree:
-        laws = [self._laws[slot] for slot in range(len(sequences.tokens))]
-        if sequences.plan.nodes == 1 and not any(map(len, laws)):
+        if sequences.plan.nodes == 1 and not self._laws:
             return root_only(sequences.roots, sequences.device)
+        laws = [self._laws.get(slot, self._silence) for slot in range(len(sequences.tokens))]
         self.target.adapt(self.adapter)
         tree = self._candidates(sequences, sequences.plan.with_probes(self.config.tokens), laws)
         tree = sequences.plan.worth_checking(tree)
@@ -271,13 +271,18 @@ class SDSATDrafter(Drafter):
         return hang(tree, self._carriers(tree, laws), self._first, self.config.tokens)
 
     def commit(self, tree: DraftTree, verdict: Verdict, output: TargetOutput) -> None:
+        self._laws = {}
+        if tree.size == 1:
+            return
         for slot, ((tokens, parents, *_), (path, _)) in enumerate(zip(lines(tree), verdict.lines, strict=True)):
             groups = {parents[column]: column for column, token in enumerate(tokens) if token == self._first}
-            said = self._said(groups, path)
-            self._laws[slot] = output.logits[slot, said].clone() if said else self._silence
+            if said := self._said(groups, path):
+                self._laws[slot] = output.logits[slot, said].clone()
 
     def move(self, source: int, destination: int) -> None:
-        self._laws[destination] = self._laws.pop(source)
+        self._laws.pop(destination, None)
+        if source in self._laws:
+            self._laws[destination] = self._laws.pop(source)
 
     def _candidates(self, sequences: Sequences, plan: TreePlan, laws: Sequence[Tensor]) -> DraftTree:
         """A tree from the laws of the positions.

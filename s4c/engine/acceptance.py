@@ -33,18 +33,15 @@ MEMORY, SURPRISE = 0.98, 0.001
 text has changed."""
 
 PRIOR_WEIGHT, LASTING_WEIGHT = 4.0, 0.25
-"""Expected hits that what is believed beforehand counts for at the start and after a surprise, and for ever."""
+"""What a belief beforehand counts for, in times that something was expected: at the start, and for ever."""
 
 
 class Share:
-    """How often something happens, of the times that it is expected: forgotten slowly, but at once after a surprise.
+    """How often something happens, of the times that it is expected: forgotten slowly, but at once after a surprise."""
 
-    Args:
-        prior: the share at the start.
-    """
-
-    def __init__(self, prior: float) -> None:
-        self.hits, self.weight = PRIOR_WEIGHT * prior, PRIOR_WEIGHT
+    def __init__(self) -> None:
+        self.hits = self.weight = 0.0
+        self._doubt = PRIOR_WEIGHT
         self._last, self._run = False, 1.0
 
     def observe(self, hit: bool, chance: float, expected: float = 1.0) -> bool:
@@ -52,7 +49,8 @@ class Share:
         self._run = (self._run if hit == self._last else 1.0) * (chance if hit else 1 - chance)
         self._last = hit
         surprised = self._run < SURPRISE
-        self.fade(min(MEMORY**expected, PRIOR_WEIGHT / self.weight) if surprised else MEMORY**expected)
+        memory = MEMORY**expected
+        self.fade(min(memory, PRIOR_WEIGHT / (self.weight + self._doubt)) if surprised else memory)
         self._run = 1.0 if surprised else self._run
         self.hits += hit
         self.weight += expected
@@ -62,10 +60,12 @@ class Share:
         """Let what was counted count less."""
         self.hits *= memory
         self.weight *= memory
+        self._doubt *= memory
 
     def value(self, prior: float) -> float:
-        """The share; where little is known, the prior."""
-        return (self.hits + LASTING_WEIGHT * prior) / (self.weight + LASTING_WEIGHT)
+        """The share; where little is known, what is believed beforehand."""
+        doubt = self._doubt + LASTING_WEIGHT
+        return (self.hits + doubt * prior) / (self.weight + doubt)
 
 
 Cell = tuple[int, int]
@@ -131,7 +131,7 @@ class Acceptance:
         for token in tokens:
             written = [v for v in children.get(path[-1], []) if row.tokens[v] == token]
             for v in children.get(path[-1], []):
-                share = self._shares.setdefault(row.cells[v], Share(1.0))
+                share = self._shares.setdefault(row.cells[v], Share())
                 share.observe(v in written, self.chance(row.cells[v], row.laws[v]), row.laws[v])
             if not written:
                 break

@@ -77,7 +77,7 @@ class Costs:
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
         self._pace = Pace(last * self._table[1] / self._table[last])
-        self._rest = Recent(0.0)
+        self._rest, self._probing = Recent(0.0), Recent(probing, NOW)
         self._drafting: dict[int, Recent] = {}
         self._drafts: dict[tuple[int, int], Recent] = {}
         self._passes = lru_cache(maxsize=8)(self._measured)
@@ -108,7 +108,7 @@ class Costs:
                 for level in range(1 + max(self.drafts, default=0))
             ],
             self._rest.middle,
-            self._pace.now * self.probing,
+            self._pace.now * self._probing.middle,
         )
 
     def look(self, tokens: int, seconds: float, times: int) -> None:
@@ -126,9 +126,11 @@ class Costs:
         probing: bool = False,
     ) -> None:
         """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
-        passed = seconds["verify"] + seconds["judge"]
-        expected = self._pass(batch, nodes, further) + probing * self.probing
-        self._pace.add(batch * nodes, nodes < 2, passed / expected)
+        passed, measured = seconds["verify"] + seconds["judge"], self._pass(batch, nodes, further)
+        self._pace.add(batch * nodes, nodes < 2, passed / (measured + probing * self._probing.middle))
+        if probing:
+            without = measured * self._pace.of(batch * nodes, nodes < 2)
+            self._probing.add(max(0.0, passed - without) / self._pace.now)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         self._observe_draft(batch, levels, seconds["draft"])
 

@@ -34,7 +34,7 @@ from s4c.verify.rules import coupled, walked
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
 
-FORMAT = 10
+FORMAT = 11
 """Raised when a file comes to hold something else, or when what is measured changes."""
 
 SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 15, 16, 17, 20, 24, 32)

@@ -62,8 +62,8 @@ SPARE, RECEDING = 2, 1.0
 ALIKE = 32
 """Tokens of the contexts by which rounds are not told apart."""
 
-TRYING = 0.01
-"""Part of the time that tries may lose."""
+TRYING, OWED = 0.01, 4
+"""Part of the time that tries may lose, and how many of them may be owed: further ones wait until that is paid back."""
 
 FADING = 0.5
 """What is left of an estimate of a level each time that there is a reason to doubt it, but nothing to observe."""
@@ -155,8 +155,9 @@ class CostPlanner:
         self.probes = probes
         self.pool = POOL + probes
         self.acceptance = Acceptance()
-        self.levels = [Share(LEVEL_PRIOR) for _ in range(DEEPEST + 1)]
-        self.added = [Share(1 - (degree - 0.5) / OVERLAPS) for degree in range(OVERLAPS + 1)]
+        self.levels = [Share() for _ in range(DEEPEST + 1)]
+        self.added = [Share() for _ in range(OVERLAPS + 1)]
+        self._likely = [LEVEL_PRIOR] * (DEEPEST + 1)
         self._credit = math.inf
         self._sizes: dict[int, float] = {}
         self._largest = float(POOL)
@@ -257,10 +258,10 @@ class CostPlanner:
         found, tokens, seconds = self._best(beside, 0, 0)
         now.undrafted_rate = best_rate = tokens / seconds
         best, tried, tried_rate = 0, 1, 0.0
-        reach, right, size = 1.0, LEVEL_PRIOR, 1.0
+        self._likely = self._chances_of_levels()
+        reach, size = 1.0, 1.0
         for level in range(1, DEEPEST + 1):
-            right = self.levels[level].value(right)
-            reach *= right
+            reach *= self._likely[level]
             tokens += reach * sum(self._added(certainty[level]) for certainty in now.certainties)
             size = self._sizes.get(level, size + 1)
             cost = self._seconds(max(found, min(math.ceil(size), POOL)), level, level)
@@ -278,9 +279,16 @@ class CostPlanner:
         floor = -math.inf
         if rate and levels > 1:
             cost = self._seconds(1, levels, levels) - self._seconds(1, 1, 1)
-            worth = rate * max(cost, 0.0) / (levels - 1) / self.levels[levels].value(LEVEL_PRIOR)
+            worth = rate * max(cost, 0.0) / (levels - 1) / self._likely[levels]
             floor = math.log(worth) if worth > 0 else -math.inf
         return Planned("best", WIDTH, max(levels, 1), nodes, min(floor, -0.1), self)
+
+    def _chances_of_levels(self) -> list[float]:
+        """By level the chance that it is right where the one before is; if little is known, what that one has."""
+        likely = [LEVEL_PRIOR]
+        for known in self.levels[1:]:
+            likely.append(known.value(likely[-1]))
+        return likely
 
     def _added(self, certainty: float) -> float:
         """Of what a level gets right, the part that the other drafter has not got, given how sure that one is."""
@@ -309,8 +317,7 @@ class CostPlanner:
         """Count which levels of the first drafter were right, down to the first that was not or was not drafted."""
         levels = self._round.told
         for level in range(1, levels + 1):
-            known = self.levels[level]
-            if right >= level - 1 and known.observe(right >= level, known.value(LEVEL_PRIOR)):
+            if right >= level - 1 and self.levels[level].observe(right >= level, self._likely[level]):
                 for deeper in self.levels[level + 1 :]:
                     deeper.fade(FADING)
         if 0 < levels < DEEPEST and right >= levels:
@@ -324,7 +331,7 @@ class CostPlanner:
         self._credit = min(self._credit, most) + TRYING * seconds
         if now.levels or now.told:
             self._credit -= seconds - tokens / now.undrafted_rate
-        self._credit = min(max(self._credit, -most), most)
+        self._credit = min(max(self._credit, -OWED * most), most)
 
 
 def _degree(certainty: float) -> int:

@@ -25,6 +25,7 @@ from s4c.models.native.stack import NativeStack
 from s4c.models.sampling import judge_kernel
 from s4c.models.stack import OpenLayers, Rope, Stack, TorchStack, stack_class
 from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.verify.tree import lines
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -193,9 +194,15 @@ class LlamaTarget(Target):
         return torch.cat(features)
 
     def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
-        if self._native is not None and self._adapter is None:
+        if self._native is not None and not self._adapts(tree):
             return self._native.verify(tree, taps)
         return self._verify(tree, taps)
+
+    def _adapts(self, tree: DraftTree) -> bool:
+        """Whether adaptive tokens stand in a tree."""
+        if self._adapter is None or tree.size == 1:
+            return False
+        return any(max(tokens) >= self.spec.vocab_size for tokens, *_ in lines(tree))
 
     @torch.no_grad()
     def _verify(self, tree: DraftTree, taps: Sequence[int]) -> TargetOutput:
