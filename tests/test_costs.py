@@ -163,7 +163,7 @@ def test_what_probes_add_is_corrected_by_rounds_with_and_without_them() -> None:
         costs.observe(1, 5, 2, seconds_of(costs, 5, 2) | {"judge": 0.5}, probing=True)
         costs.observe(1, 5, 2, seconds_of(costs, 5, 2))
     prices, true = costs.prices(1, 8), seconds_of(costs, 5, 2)
-    assert prices.round(5, 2, probing=True) == pytest.approx(sum(true.values()) + 0.5, rel=0.02)
+    assert prices.round(5, 2, probing=True) == pytest.approx(sum(true.values()) + 0.5, rel=0.05)
     assert prices.round(5, 2) == pytest.approx(sum(true.values()), rel=0.1)
     assert prices.passes[1] == pytest.approx(1.0, rel=0.05)
 
@@ -174,7 +174,7 @@ def test_where_nothing_is_drafted_a_change_is_the_memorys() -> None:
     rounds(costs, lambda _, size: 0.95 * machine(size, 0.7), [1] * 60)
     passes = costs.prices(1, 16).passes
     assert passes[1] == pytest.approx(0.95 * machine(1, 0.7), rel=0.02)
-    assert passes[4] == pytest.approx(machine(4, 0.7), rel=0.05)
+    assert passes[4] == pytest.approx(machine(4, 0.7), rel=0.08)
 
 
 def test_a_longer_context_makes_each_node_dearer() -> None:

@@ -128,11 +128,13 @@ class Costs:
         """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
         passed, measured = seconds["verify"] + seconds["judge"], self._pass(batch, nodes, further)
         self._pace.add(batch * nodes, nodes < 2, passed / (measured + probing * self._probing.middle))
+        hanging = seconds["draft"] if probing and not levels else 0.0  # all of that draft
         if probing:
             without = measured * self._pace.of(batch * nodes, nodes < 2)
-            self._probing.add(max(0.0, passed - without) / self._pace.now)
+            self._probing.add(max(0.0, passed + hanging - without) / self._pace.now)
         self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        self._observe_draft(batch, levels, seconds["draft"])
+        if not hanging:
+            self._observe_draft(batch, levels, seconds["draft"])
 
     def _observe_draft(self, batch: int, levels: int, seconds: float) -> None:
         """A draft goes by the pace of all drafts, and one of so many levels has a share of its own: many end before."""

@@ -65,6 +65,9 @@ ALIKE = 32
 TRYING, OWED = 0.01, 4
 """Part of the time that tries may lose, and how many of them may be owed: further ones wait until that is paid back."""
 
+CLEARLY = 0.05
+"""By how much more tokens per second drafting has to promise; with less it is a try."""
+
 FADING = 0.5
 """What is left of an estimate of a level each time that there is a reason to doubt it, but nothing to observe."""
 
@@ -75,13 +78,16 @@ LOOK, LESS = 24, 2
 """In each so manieth round a tree has so many nodes less than the best one."""
 
 REPRICED = 4
-"""Rounds after which it is asked again what they cost."""
+"""Rounds after which it is asked again what they cost, and where nothing is drafted how long they took."""
 
 MARGIN = 0.01
 """By how much more tokens per second larger trees have to promise: costs are not better known than that."""
 
 SIZE_MEMORY = 0.9
 """What the sizes of trees so far still count when another one is seen."""
+
+STALLED = 1.5
+"""A round that takes so many times as long as it should was held up by something else."""
 
 OVERLAPS = 4
 """Degrees of certainty of the other drafter, by which what a level adds to it is told apart."""
@@ -213,13 +219,16 @@ class CostPlanner:
 
     def record(self, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         now = self._round
+        if self._rest and now.size == 1 and self._rounds % REPRICED:
+            self._credit += TRYING * self._seconds(1, 0, 0)
+            return  # nothing was drafted, and little is to be learnt
         probes = self._beside(now.levels)
         self.costs.observe(now.batch, now.size + probes, now.told, seconds, now.further, probes > 0)
         for b, (_, tokens) in enumerate(verdict.lines):
             self._learn(b, tokens)
         size = self._sizes.get(now.told, now.size)
         self._sizes[now.told] = size + (1 - SIZE_MEMORY) * (now.size - size)
-        self._settle(sum(len(tokens) for _, tokens in verdict.lines))
+        self._settle(sum(len(tokens) for _, tokens in verdict.lines), sum(seconds.values()))
 
     def _seconds(self, size: int, levels: int, told: int) -> float:
         """What this round costs with trees of that size, or of the largest that are planned.
@@ -269,6 +278,8 @@ class CostPlanner:
                 best, best_rate = level, tokens / cost
             if tokens / cost > tried_rate:
                 tried, tried_rate, now.stake = level, tokens / cost, cost - seconds
+        if best_rate < (1 + CLEARLY) * now.undrafted_rate:
+            best = 0
         now.levels = best or (tried if self._credit >= now.stake else 0)
         nodes = max(2, min(POOL - found + 1, int(self._largest) + SPARE))
         return self._planned(nodes if now.levels else 1, best_rate if best else 0.0)
@@ -323,11 +334,11 @@ class CostPlanner:
         if 0 < levels < DEEPEST and right >= levels:
             self.levels[levels + 1].fade(FADING)
 
-    def _settle(self, tokens: int) -> None:
+    def _settle(self, tokens: int, taken: float) -> None:
         """Keep account of what drafting wins and loses against not drafting, and of the time that tries may cost."""
         now = self._round
         most = max(now.stake, self._seconds(1, 0, 0))
-        seconds = self._seconds(now.size, now.levels, now.told)
+        seconds = min(taken, STALLED * self._seconds(now.size, now.levels, now.told))
         self._credit = min(self._credit, most) + TRYING * seconds
         if now.levels or now.told:
             self._credit -= seconds - tokens / now.undrafted_rate
