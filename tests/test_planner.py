@@ -205,6 +205,37 @@ def test_where_drafting_never_pays_it_stops_and_loses_less_than_two_percent(draf
     assert text.regret < 0.02
 
 
+def test_levels_that_were_never_drafted_are_believed_to_be_like_the_one_before() -> None:
+    """A weak drafter is not asked for eight levels because nobody knows that the last seven are as bad."""
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    for _ in range(100):
+        planner.levels[1].observe(False, 0.1)
+    likely = planner._chances_of_levels()
+    assert likely[1] < 0.1
+    assert likely[2:] == pytest.approx([likely[1]] * (DEEPEST - 1))
+
+
+def test_a_text_that_fits_the_drafter_less_than_believed_costs_little() -> None:
+    """It drafts worse than it should for what was seen of another text: what is believed is put to the test."""
+    drafts = {n: LEVELS[0] + 3 * (LEVELS[n] - LEVELS[0]) for n in LEVELS}
+    lost = []
+    for seed in range(8):
+        planner = CostPlanner(Costs(FLAT, drafts))
+        Text(planner, seed).run(600, 0.25)
+        lost.append(Text(planner, seed + 100).run(400, 0.05).regret)
+    assert sum(lost) / len(lost) < 0.02
+
+
+def test_what_tries_lose_is_counted_by_what_they_took() -> None:
+    """Here drafting takes longer than costs say, and never pays."""
+    planner = CostPlanner(Costs(FLAT, LEVELS))
+    true = Costs(FLAT, {n: LEVELS[0] + 8 * (LEVELS[n] - LEVELS[0]) for n in LEVELS})
+    planner.costs._observe_draft = lambda *_: None  # type: ignore[method-assign]
+    Text(planner, true=true).run(200, 0.0)
+    text = Text(planner, seed=1, true=true).run(2000, 0.0)
+    assert text.regret < 0.02
+
+
 @pytest.mark.parametrize("right", [0.05, 0.1, 0.2, 0.3, 0.5, 0.8])
 def test_it_is_nearly_as_fast_as_the_best_fixed_depth(right: float) -> None:
     """Of a chain of the best depth, known beforehand, it loses no more than 3% on a text that is new to it."""

@@ -237,6 +237,23 @@ def test_probes_say_what_the_training_pass_predicts(target: Any, rank: int, fuse
     assert compared > 20
 
 
+@pytest.mark.skipif("native" not in RUNTIMES, reason="needs the native kernels")
+def test_only_trees_with_adaptive_tokens_leave_the_whole_pass(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that rests costs nothing: its target decodes by the same kernel call as without an adapter."""
+    native = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="native")
+    drafter_of(native)
+    native.reserve(1, 16)
+    native.prefill(0, torch.tensor([3, 1, 4]))
+    candidates = from_paths([1], [[[5, 9]]], VOCAB)
+    probed = hang(candidates, torch.tensor([[0]]), VOCAB, SIZE)
+    slowly = {tree.size: native._verify(tree, ()).logits for tree in (root_only([1], native.device), candidates)}
+    monkeypatch.setattr(native, "_verify", None)
+    for tree in (root_only([1], native.device), candidates):
+        assert torch.equal(native.verify(tree).logits, slowly[tree.size])
+    with pytest.raises(TypeError):
+        native.verify(probed)
+
+
 def test_two_steps_take_turns_and_fused_rounds_do_both(target: Any) -> None:
     kinds = {}
     for fused in (TWO_STEP, FUSED):
