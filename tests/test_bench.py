@@ -415,6 +415,10 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(
     monkeypatch.undo()
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text()[:-20])  # a kill cuts a line short
     assert "holds another run; --resume" in command(model, file, "--out", out, code=2).stderr
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "report.md").write_text("of somebody else")
+    assert "holds report.md, but no run" in command(model, file, "--out", tmp_path / "notes", code=2).stderr
+    assert (tmp_path / "notes" / "report.md").read_text() == "of somebody else"
     unlike = command(model, file, "--out", out, "--resume", "--seed", 1, code=2).stderr
     assert "other settings: seed was 0 and is 1" in unlike
     command(model, file, "--out", out, "--resume")

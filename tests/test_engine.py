@@ -12,7 +12,7 @@ import torch
 from s4c import LLM, SamplingParams
 from s4c.drafters.base import Drafter, Sequences
 from s4c.drafters.s4c import S4CConfig, S4CModel
-from s4c.engine.sequence import Detokenizer
+from s4c.engine.sequence import Detokenizer, Sequence
 from s4c.errors import BadLogits
 from s4c.types import DraftTree
 from s4c.verify.tree import from_paths
@@ -251,6 +251,52 @@ def test_torn_characters_wait_for_their_other_half() -> None:
     assert [detokenizer.add(*"a€".encode()[:3]), detokenizer.add(*"€é".encode()[2:])] == ["", "a€é"]
     detokenizer.add("é".encode()[0])
     assert detokenizer.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize(("ending", "reason"), [([], "length"), ([99], "eos"), ([98], "stop")])
+def test_a_torn_end_is_told_however_the_text_ends(ending: list[int], reason: str) -> None:
+    def decode(tokens: list[int]) -> str:
+        return bytes(token for token in tokens if token not in (98, 99)).decode(errors="replace")
+
+    written = [*b"HI", 0xC3, *ending]
+    params = SamplingParams(max_new_tokens=3 if not ending else 9, stop_token_ids=[98], seed=0)
+    sequence = Sequence([1], params, decode, (99,), 100)
+    streamed = ""
+    for token in written:
+        sequence.append([token])
+        streamed += sequence.released_text()
+    assert sequence.finish_reason == reason
+    assert sequence.text == streamed == decode(written) == "HI\ufffd"
+
+
+def test_prompts_that_nobody_can_read_are_refused(chatty: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer: Any = chatty.tokenizer
+    with pytest.raises(ValueError, match="mapping"):
+        chatty.generate(tokenizer("hello"))
+    for prompt in ("caf\udce9", [{"role": "user", "content": "\ud800"}]):
+        with pytest.raises(ValueError, match="UTF-8"):
+            chatty.generate(prompt)  # type: ignore[call-overload]
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(ValueError, match="refuses this chat: System role not supported"):
+        chatty.generate([{"role": "system", "content": "hi"}])
+
+
+def test_an_interrupt_between_admission_and_prefill_leaves_the_engine_usable(llm: LLM) -> None:
+    llm.use("ngram")
+    with pytest.MonkeyPatch.context() as patch:
+        prefill, calls = llm._engine._prefill, []
+
+        def interrupted(sequence: Sequence) -> None:
+            calls.append(sequence)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            prefill(sequence)
+
+        patch.setattr(llm._engine, "_prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[:3], SamplingParams(max_new_tokens=4))
+    assert llm._engine.scheduler.idle
+    assert len(llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True)).token_ids) == 4
 
 
 def test_chats_go_through_the_models_own_template(chatty: LLM) -> None:

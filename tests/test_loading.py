@@ -259,6 +259,13 @@ def test_models_that_are_no_targets(tmp_path: Path, llama: Path) -> None:
         load_target(str(llama))
 
 
+def test_quantised_weights_are_not_taken_for_plain_ones(llama: Path) -> None:
+    edit(llama / "config.json", quantization_config={"quant_method": "fp8"})
+    for runtime in ("native", "torch"):
+        with pytest.raises((ValueError, UnsupportedModel), match="quantised"):
+            load_target(str(llama), runtime=runtime)
+
+
 def test_the_tokens_that_end_a_text(tmp_path: Path) -> None:
     directory = tiny_models.save(tmp_path, "llama", tokenizer=True)
     generation = directory / "generation_config.json"

@@ -52,6 +52,14 @@ def test_each_weight_is_the_mean_of_those_that_have_it(saved: list[Path], target
     assert "the mean of" in (tmp_path / "mean/README.md").read_text().lower()
 
 
+def test_a_folder_of_something_else_is_not_replaced(saved: list[Path], tmp_path: Path) -> None:
+    average(saved[::-1], tmp_path / "mean")
+    average(saved[::-1], tmp_path / "mean")
+    with pytest.raises(ValueError, match="holds something else than a drafter"):
+        average(saved[::-1], tmp_path)
+    assert all((place / "model.safetensors").exists() for place in saved)
+
+
 def test_the_mean_of_one_thing_is_that(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["average", str(SHIPPED), str(SHIPPED), "--out", str(tmp_path / "mean")])
     assert result.exit_code == 0, result.output

@@ -103,6 +103,15 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path, line: str) -> N
     assert out.read_text() == f"{line}\n"
 
 
+@pytest.mark.parametrize("text", ["my only notes", "my notes\nwithout an end"])
+def test_a_file_without_a_last_newline_is_not_cut(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text(text)
+    with pytest.raises(ValueError, match="name a new file"):
+        distill(PROMPTS, Engine(), out, CONFIG)
+    assert out.read_text() == text
+
+
 def test_two_runs_into_one_file(tmp_path: Path) -> None:
     def rival(prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int]]]:
         with pytest.raises(ValueError, match="is at work here"):

@@ -202,6 +202,17 @@ def test_a_folder_with_a_run_is_not_overwritten(unbroken: Path) -> None:
         run(unbroken)
 
 
+def test_a_drafter_without_the_steps_that_led_to_it_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ValueError, match="best would be replaced"):
+        run(tmp_path)
+
+
+def test_a_training_without_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_seconds is nan"):
+        replace(CONFIG, max_seconds=float("nan"))
+
+
 def test_resume_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no saved step to resume"):
         run(tmp_path, resume=True)

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jinja2 import TemplateError
 
 from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, NoDrafter
@@ -194,7 +195,8 @@ class LLM:
                     if sequence.finished:
                         yield index[id(sequence)], sequence.generation()
         finally:
-            for sequence in sequences:
+            # From the last slot on, so that none moves: it may not have been prefilled yet.
+            for sequence in sorted(sequences, key=lambda sequence: -sequence.slot):
                 self._engine.scheduler.cancel(sequence)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
@@ -203,8 +205,10 @@ class LLM:
         Raises:
             ValueError: the prompt is empty, of another kind, or needs a tokenizer that is not there.
         """
+        if isinstance(prompt, Mapping):
+            raise ValueError("the prompt is a mapping; give a text, a list of messages, or token ids")
         if isinstance(prompt, str):
-            ids = self._need_tokenizer("a text").encode(prompt)
+            ids = self._need_tokenizer("a text").encode(_encodable(prompt))
         elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self._chat_ids(prompt)
         else:
@@ -245,9 +249,13 @@ class LLM:
         for message in messages:
             if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
                 raise ValueError(f"message {message!r} of the chat must have a string `role` and a string `content`")
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+            _encodable(message["content"])
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template of {self.target.spec.name} refuses this chat: {error}") from error
         return ids
 
     def _need_tokenizer(self, what: str) -> Any:
@@ -341,5 +349,14 @@ def shipped_for(target: Target) -> Path | None:
     return next((f for f in folders if read_checkpoint(f).fingerprint == target.spec.fingerprint), None)
 
 
+def _encodable(text: str) -> str:
+    """The text, if it can be written in UTF-8: tokenizers take no other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text cannot be read as UTF-8: {error.reason} at character {error.start}") from error
+    return text
+
+
 def _is_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))

@@ -36,6 +36,8 @@ def unsupported(config: Any) -> str | None:
     """Why this runtime cannot run a model of that configuration; None where it can."""
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised, and what they are to be scaled by is not read"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act!r} is not silu"
     if _rope_type(config) not in ROPE_TYPES:

@@ -42,6 +42,8 @@ def average(checkpoints: Sequence[Path], out: Path) -> None:
     """
     if len(checkpoints) < 2:
         raise ValueError("there is one checkpoint to average; name at least two")
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {CONFIG, WEIGHTS, CARD}):
+        raise ValueError(f"{out} holds something else than a drafter, which would be lost; name a new folder")
     parts = [
         _Part(directory, read_checkpoint(directory), read_tensors(directory / WEIGHTS)) for directory in checkpoints
     ]

@@ -32,6 +32,9 @@ Generate = Callable[[list[list[int]], list[SamplingParams]], Iterator[tuple[int,
 SELF_PROMPTS_AT_ONCE = 64
 PATIENCE = 8
 """So many groups of self-written prompts without a usable one end a run."""
+ROW_BEGINS = b'{"prompt_ids":'
+"""How each line begins that is written here."""
+
 MARKER = "s4c-user-words-stand-here"
 
 
@@ -252,8 +255,8 @@ class _Rows:
             return []
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
+        if not whole and not data.startswith(ROW_BEGINS[: len(data)]):
+            raise ValueError(f"{self.path} holds something else than distilled rows; name a new file")
         present = []
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
@@ -264,6 +267,8 @@ class _Rows:
             if not fine:
                 raise ValueError(f"{self.path}, line {number}: not a distilled row; name a new file")
             present.append(row)
+        if whole < len(data):
+            os.truncate(self.path, whole)
         return present
 
 

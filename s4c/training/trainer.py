@@ -109,6 +109,8 @@ class TrainConfig:
     """Settings that a resumed run may be given anew."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.max_seconds):
+            raise ValueError(f"max_seconds is {self.max_seconds}; it must be a number of seconds")
         if min(self.steps, self.epochs, self.max_seconds) < 0 or not (self.steps or self.epochs or self.max_seconds):
             raise ValueError("steps, epochs and max_seconds must not be negative, and one of them must be given")
         for name in ("batch_tokens", "max_length", "eval_every", "save_every", "log_every", "validation_rows"):
@@ -274,6 +276,8 @@ class Trainer:
             self.standing = Standing(**facts["standing"])
         elif place is not None:
             raise ValueError(f"{self.out} holds a training run ({place.name}); resume it or choose another folder")
+        elif (self.out / "best").exists():
+            raise ValueError(f"{self.out}/best would be replaced; choose another folder, or move it away")
         rows = [*self.train, *self.validation]
         if self.main:
             self.features = self._features(rows)
