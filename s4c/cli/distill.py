@@ -7,6 +7,7 @@ s4c distill --count 2000 --out text.jsonl          # the target writes the promp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,7 @@ def distill(
         context_length=context_length,
         max_batch=batch,
     )
+    config = replace(config, max_prompt_tokens=min(max_prompt_tokens, llm.target.spec.context_length - 1))
     recording = None if features is None else _record(llm, features)
     try:
         if texts is None:

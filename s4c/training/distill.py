@@ -121,7 +121,7 @@ def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, confi
     """
     if not prompts:
         raise ValueError("there are no prompts to answer")
-    fitting = [p for p in prompts if len(p.token_ids) <= config.max_prompt_tokens]
+    fitting = _fitting(prompts, config)
     with _Rows(out) as rows:
         answered = Counter(tuple(row["prompt_ids"]) for row in rows.present)
         todo = []
@@ -133,6 +133,10 @@ def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, confi
             task = bar.add_task("answers", total=len(fitting), completed=len(fitting) - len(todo), tokens=0)
             _answer(todo, generate, rows, config, lambda: bar.update(task, advance=1, tokens=rows.new_tokens))
         return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, len(prompts) - len(fitting))
+
+
+def _fitting(prompts: Sequence[TokenPrompt], config: DistillConfig) -> list[TokenPrompt]:
+    return [p for p in prompts if len(p.token_ids) <= config.max_prompt_tokens]
 
 
 def distill_self(
@@ -164,7 +168,8 @@ def distill_self(
         group = max((row.get("group", -1) for row in before), default=-1) + 1
         barren = 0
         while len(before) + rows.new < count:
-            fresh = [p for p in _write_prompts(frame, group, ends, generate, config) if p.token_ids not in known]
+            written = _write_prompts(frame, group, ends, generate, config)
+            fresh = [p for p in _fitting(written, config) if p.token_ids not in known]
             barren = 0 if fresh else barren + 1
             if barren == PATIENCE:
                 raise ValueError(
