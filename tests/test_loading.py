@@ -259,6 +259,17 @@ def test_models_that_are_no_targets(tmp_path: Path, llama: Path) -> None:
         load_target(str(llama))
 
 
+def test_a_tied_head_that_is_another_matrix_is_refused(llama: Path) -> None:
+    edit(llama / "config.json", tie_word_embeddings=True)
+    file = llama / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    load_target(str(llama), runtime="torch")
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    with pytest.raises(CorruptCheckpoint, match="ties its LM head"):
+        load_target(str(llama), runtime="torch")
+
+
 def test_quantised_weights_are_not_taken_for_plain_ones(llama: Path) -> None:
     edit(llama / "config.json", quantization_config={"quant_method": "fp8"})
     for runtime in ("native", "torch"):

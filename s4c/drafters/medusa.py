@@ -171,7 +171,7 @@ class MedusaDrafter(Drafter):
             return root_only(sequences.roots, sequences.device)
         builder = sequences.plan.deepened(len(self._heads)).grow(sequences.root_tokens, self._select)
         last = [self._last[slot] for slot in range(len(sequences.tokens))]
-        feature = torch.stack([features[row, node] for features, row, node in last]).float()[:, None]
+        feature = torch.stack([features[row, node].float() for features, row, node in last])[:, None]
         while builder.open and builder.level < len(self._heads):
             head = self._heads[builder.level]
             logits = head.logits(head.blocks(feature), self._shared).float()

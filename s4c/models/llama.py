@@ -28,6 +28,7 @@ from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.tree import lines
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+HEAD = "lm_head.weight"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PREFILL_CHUNK = 512
 
@@ -279,6 +280,7 @@ class LlamaTarget(Target):
         unseen = set(range(count))
         layers: dict[int, DecoderLayer] = {}
         waiting: dict[int, int] = {}
+        beside: Tensor | None = None
         for name, tensor in tensors:
             found = re.match(r"model\.layers\.(\d+)\.", name)
             index = int(found[1]) if found else -1
@@ -290,6 +292,7 @@ class LlamaTarget(Target):
                 places |= names
             place = places.pop(name, None)
             if place is None:
+                beside = tensor if name == HEAD else beside
                 continue
             if tensor.shape != place.shape:
                 raise CorruptCheckpoint(
@@ -307,6 +310,11 @@ class LlamaTarget(Target):
             raise CorruptCheckpoint(
                 f"the weights of {self.spec.name} lack {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
             )
+        if beside is not None and not torch.equal(beside.to(self._embedding), self._embedding):
+            raise CorruptCheckpoint(
+                f"{self.spec.name} ties its LM head to the embedding, but {HEAD} is another matrix; "
+                'say "tie_word_embeddings": false in its config.json if it is to be used'
+            )
         self.head.pack(self.dtype, self.runtime == "native")
 
     def _empty_layer(self, dtype: torch.dtype) -> DecoderLayer:
@@ -322,5 +330,5 @@ class LlamaTarget(Target):
         """Where the weights outside the layers go, by their Hugging Face names."""
         places = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._final_norm.data}
         if self.head.weight.data_ptr() != self._embedding.data_ptr():
-            places["lm_head.weight"] = self.head.weight.data
+            places[HEAD] = self.head.weight.data
         return places
