@@ -254,6 +254,11 @@ def test_models_that_are_no_targets(tmp_path: Path, llama: Path) -> None:
     BartConfig(d_model=32).save_pretrained(llama)
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         load_target(str(llama))
+    for field in ("vocab_size", "num_attention_heads"):
+        damaged = tiny_models.save(tmp_path / field, "llama")
+        edit(damaged / "config.json", **{field: "many"})
+        with pytest.raises(UnsupportedModel, match="cannot read the configuration"):
+            load_target(str(damaged))
     (llama / "config.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match=r"config\.json is not JSON"):
         load_target(str(llama))

@@ -214,13 +214,14 @@ def load_config(directory: Path) -> Any:
         UnsupportedModel: transformers does not know this type of model without running code that comes with
             it, or it is an encoder-decoder model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     model_type = weights.read_config(directory).get("model_type")
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"transformers cannot read the configuration of {directory} (model type {model_type!r}) without code "
             f"that comes with the model, which is never run: {_first_line(error)}"

@@ -107,13 +107,15 @@ def serve(spec: str, setting: Setting, requests: IO[str], replies: IO[str]) -> N
         return say({"unavailable": str(error)})
     except ValueError as error:
         return say({"wrong": str(error)})
+    except Exception as error:  # of any class: peers are other people's code
+        return say({"unavailable": f"{type(error).__name__}: {error}"})
     say({"name": peer.name, "here": peer.here, "comparable": peer.comparable(0)})
     for line in requests:
         request = json.loads(line)
         try:
             with footprint.watch():
                 reply = peer.answer(request["prompt"], SamplingParams(**request["params"]))
-        except Exception as error:  # of any class: peers are other people's code
+        except Exception as error:
             say({"failed": f"{type(error).__name__}: {error}"})
             continue
         memory = footprint.peak if peer.here else None
