@@ -150,6 +150,17 @@ def test_a_node_without_a_law_takes_no_room_from_others() -> None:
     check_contract(tree)
 
 
+def test_a_drafter_whose_law_is_no_number_leaves_the_root_where_it_is() -> None:
+    builder = TreePlan("best", width=3, depth=3, nodes=6).grow(torch.tensor([7, 8]))
+    laws = torch.randn(2, 1, 9)
+    laws[0] = torch.nan
+    while builder.open:
+        builder.extend(laws.expand(-1, builder.frontier.shape[1], -1))
+    tree = builder.finish()
+    assert tree.tokens[:, 0].tolist() == [7, 8]
+    assert not tree.candidate[0].any()
+
+
 def test_laws_stand_at_the_nodes_whose_children_they_are() -> None:
     laws = torch.tensor([[0.2, 0.8], [0.5, 0.5]]).log()
     builder = TreePlan.parse("comb:2x2").grow(torch.tensor([7, 8]))

@@ -206,7 +206,8 @@ class CostPlanner:
             return tree
         now.rows = self.acceptance.read(tree)
         if self.probes:  # it was drafted by the probes of the round before, whether or not there are any now
-            now.told = max(now.levels, *(max(row.depths) for row in now.rows)) if tree.size > 1 else 0
+            deepest = max(now.levels, *(max(row.depths) for row in now.rows))
+            now.told = min(deepest, DEEPEST) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
         now.size, _, _ = self._best(now.rows, now.levels, now.told)
         if self._rounds % LOOK == 0 and now.size - LESS > 1:

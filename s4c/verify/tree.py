@@ -393,6 +393,7 @@ class TreeBuilder:
         # The clamp: a row of nothing but -inf gives children of probability 0, not NaN.
         total = total.clamp(min=torch.finfo(scores.dtype).min)
         path = self.path.gather(1, self.frontier)[..., None] + (top - total)
+        path = path.masked_fill(path.isnan(), -torch.inf)  # NaN would be taken for the highest, before the root
         tokens = (index if token_ids is None else token_ids[index]).expand(-1, expanded, -1)
         first = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens.flatten(1)], 1)
