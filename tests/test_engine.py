@@ -273,9 +273,10 @@ def test_prompts_that_nobody_can_read_are_refused(chatty: LLM, monkeypatch: pyte
     tokenizer: Any = chatty.tokenizer
     with pytest.raises(ValueError, match="mapping"):
         chatty.generate(tokenizer("hello"))
-    for prompt in ("caf\udce9", [{"role": "user", "content": "\ud800"}]):
-        with pytest.raises(ValueError, match="UTF-8"):
-            chatty.generate(prompt)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="UTF-8"):
+        chatty.generate("caf\udce9")
+    with pytest.raises(ValueError, match="UTF-8"):
+        chatty.generate([{"role": "user", "content": "\ud800"}])
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
     with pytest.raises(ValueError, match="refuses this chat: System role not supported"):
         chatty.generate([{"role": "system", "content": "hi"}])

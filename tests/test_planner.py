@@ -230,9 +230,9 @@ def test_what_tries_lose_is_counted_by_what_they_took() -> None:
     """Here drafting takes longer than costs say, and never pays."""
     planner = CostPlanner(Costs(FLAT, LEVELS))
     true = Costs(FLAT, {n: LEVELS[0] + 8 * (LEVELS[n] - LEVELS[0]) for n in LEVELS})
-    planner.costs._observe_draft = lambda *_: None  # type: ignore[method-assign]
-    Text(planner, true=true).run(200, 0.0)
-    text = Text(planner, seed=1, true=true).run(2000, 0.0)
+    with patch.object(planner.costs, "_observe_draft"):
+        Text(planner, true=true).run(200, 0.0)
+        text = Text(planner, seed=1, true=true).run(2000, 0.0)
     assert text.regret < 0.02
 
 

@@ -69,9 +69,9 @@ class Store:
             raise ValueError(f"another process writes into {folder}; wait for it or choose another folder") from error
         if (folder / RUN).exists() and not (resume or force):
             raise ValueError(f"{folder} holds another run; --resume goes on with it, --force removes it")
-        foreign = [name for name in FILES if (folder / name).exists() and not (folder / RUN).exists()]
-        if foreign and not force:
-            raise ValueError(f"{folder} holds {', '.join(foreign)}, but no run; choose another folder, or --force")
+        held = [name for name in FILES if (folder / name).exists()]
+        if held and RUN not in held and not force:
+            raise ValueError(f"{folder} holds {', '.join(held)}, but no run; choose another folder, or --force")
         if force:
             for name in FILES:
                 (folder / name).unlink(missing_ok=True)

@@ -73,7 +73,7 @@ class Costs:
         self.passes, self.drafts = dict(sorted(passes.items())), dict(sorted(drafts.items()))
         self.attention = attention
         self.probing = probing
-        self._table = between(self.passes)
+        self._table = interpolated(self.passes)
         last = len(self._table) - 1
         self._slope = (self._table[last] - self._table[max(1, last // 2)]) / max(1, last - last // 2)
         self._pace = Pace(last * self._table[1] / self._table[last])
@@ -128,12 +128,12 @@ class Costs:
         """Take in a round: seconds by step, as `StepTimer` names them; the rest as `Prices.round` has it."""
         passed, measured = seconds["verify"] + seconds["judge"], self._pass(batch, nodes, further)
         self._pace.add(batch * nodes, nodes < 2, passed / (measured + probing * self._probing.middle))
-        hanging = seconds["draft"] if probing and not levels else 0.0  # all of that draft
+        self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
         if probing:
             without = measured * self._pace.of(batch * nodes, nodes < 2)
+            hanging = 0.0 if levels else seconds["draft"]  # where no tree was made of what others had said
             self._probing.add(max(0.0, passed + hanging - without) / self._pace.now)
-        self._rest.add(sum(seconds.values()) - passed - seconds["draft"])
-        if not hanging:
+        if levels or not probing:
             self._observe_draft(batch, levels, seconds["draft"])
 
     def _observe_draft(self, batch: int, levels: int, seconds: float) -> None:
@@ -160,7 +160,7 @@ class Costs:
         return near + max(further, -CONTEXT * batch) * min(each + by_node * nodes, most)
 
 
-def between(passes: Mapping[int, float]) -> list[float]:
+def interpolated(passes: Mapping[int, float]) -> list[float]:
     """T(n) for n = 0 .. the largest measured: straight lines between what was measured, never falling.
 
     More tokens never take less: a pass that took longer than a wider one was measured in a bad moment, and takes no

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from s4c.drafters.base import Drafter, Sequences
-from s4c.engine.costs import CONTEXT, Costs, between
+from s4c.engine.costs import CONTEXT, Costs, interpolated
 from s4c.models.base import Target
 from s4c.models.builtin import home, status
 from s4c.models.sampling import noise_kernel
@@ -203,7 +203,7 @@ def draft_seconds(
     prompt = torch.tensor(line[:-1], device=target.device)
     drafter.prefill(0, prompt, target.prefill(0, prompt, drafter.taps))
     params, noise = [SamplingParams()], NoiseTable(spec.vocab_size, target.device, noise_kernel(target.device))
-    table, surplus, told = between(passes), [], 0
+    table, surplus, told = interpolated(passes), [], 0
     times: dict[int, list[float]] = {levels: [] for levels in plans}
     for _ in range(1 + REPEATS):
         for levels in order:

@@ -100,7 +100,6 @@ class Sequence:
     stats: Stats = field(default_factory=Stats)
     tokens: list[int] = field(init=False)
     _released: int = 0
-    _stopped: bool = False
     _unread: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -170,7 +169,6 @@ class Sequence:
             return "stop"
         self._unread.append(token)
         if self.params.stop and self._read():
-            self._stopped = True
             return "stop"
         if len(self.tokens) - len(self.prompt) >= self.params.max_new_tokens:
             return "length"
@@ -192,8 +190,8 @@ class Sequence:
         return first >= 0
 
     def _close(self) -> None:
-        cut = self._read()
-        if self._detokenizer is not None and not cut and not self._stopped:
+        self._read()
+        if self._detokenizer is not None:
             self._cut_at_stop(self._detokenizer.flush())
 
 

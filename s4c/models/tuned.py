@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s4c.models import weights
 from s4c.models.layers import DecoderLayer
-from s4c.models.llama import LlamaTarget, OpenModel, layer_places
+from s4c.models.llama import HEAD, LlamaTarget, OpenModel, layer_places
 from s4c.models.loading import resolve
 from s4c.models.stack import OpenLayers
 
@@ -49,7 +49,7 @@ class TunedModel(nn.Module):
         opened = self.open()
         places = {"model.embed_tokens.weight": opened.embedding, "model.norm.weight": opened.stack.norm.weight}
         if self.head is not None:
-            places["lm_head.weight"] = self.head
+            places[HEAD] = self.head
         for index, layer in enumerate(opened.stack.layers):
             places |= layer_places(index, layer)
         return {name: place.detach().to("cpu", self._target.dtype, copy=True) for name, place in places.items()}
