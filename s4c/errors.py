@@ -18,12 +18,4 @@ class CorruptCheckpoint(ValueError):
 
 
 class BadLogits(ValueError):
-    """A model produced NaN (or only -inf) where a token had to be chosen; nothing was sampled.
-
-    Attributes:
-        rows: the sequences of the batch that it happened to.
-    """
-
-    def __init__(self, message: str, rows: list[int]) -> None:
-        super().__init__(message)
-        self.rows = rows
+    """A model produced NaN (or only -inf) where a token had to be chosen; nothing was sampled."""

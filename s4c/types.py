@@ -197,7 +197,7 @@ class Verdict:
         path: [B, D + 1] int64, columns of the accepted nodes, the root first; entries after
             `accepted` repeat the last accepted one.
         accepted: [B] int64, the number of accepted nodes, the root not counted.
-        bonus: [B] int64, the token after the path.
+        bonus: [B] int64, the token after the path; negative where the target has no law there (verify/scores.py).
         tokens: [B, D + 1] int64, the tokens that the round commits: those of the accepted nodes, then
             the bonus; entries after it repeat the bonus.
     """

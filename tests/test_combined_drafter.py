@@ -132,6 +132,14 @@ def test_a_name_with_a_plus_is_two_drafters(target: str) -> None:
         LLM(target, "ngram+medium")
 
 
+def test_one_with_probes_comes_first() -> None:
+    probing = Fixed([1])
+    probing.probes = 3
+    assert CombinedDrafter(probing, Fixed([1])).probes == 3
+    with pytest.raises(ValueError, match="must be the first of two"):
+        CombinedDrafter(Fixed([1]), probing)
+
+
 class Reading(Fixed):
     """Keeps the features that it is given."""
 

@@ -12,11 +12,13 @@ import tiny_models
 import torch
 from test_rules import HOT as REQUEST
 from test_rules import check_lossless
+from test_s4c_drafter import Run
 from verify_oracles import Text, sampled_trees, tiny_model
 
 from s4c import LLM, SamplingParams
 from s4c.drafters import draft_model
 from s4c.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from s4c.engine.llm import choose_drafter
 from s4c.errors import UnsupportedModel
 from s4c.types import DraftTree
 from s4c.verify.tree import TreePlan
@@ -94,6 +96,21 @@ def test_it_stops_where_it_is_not_sure(target: str) -> None:
         nodes.append(sum(sizes) / len(sizes))
     assert nodes[0] == 7
     assert nodes[0] > nodes[1] > nodes[2] >= 2
+
+
+def test_each_sequence_of_a_batch_stops_for_itself(target: str) -> None:
+    llm = LLM(target, f"draft-model={target},stop=0.2", threads=1)
+    alone = [int(Run(llm.target, llm.drafter, [p], "chain:6").propose()[1].candidate.sum()) for p in PROMPTS]
+    together = Run(llm.target, llm.drafter, PROMPTS, "chain:6").propose()[1].candidate.sum(1).tolist()
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_what_it_costs_is_kept_for_each_model(target: str, tmp_path: Path) -> None:
+    other = tiny_models.save(tmp_path / "other", "llama", seed=9)
+    llm = LLM(target, "none", threads=1)
+    names = [target, other, f"{target},stop=0.5"]
+    assert len({choose_drafter(f"draft-model={name}", llm.target).settings for name in names}) == 3
 
 
 @pytest.mark.parametrize("stop", [0.2, 0.4, 0.7])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -244,6 +245,40 @@ def test_streaming_gives_the_same_text_and_can_be_left(chatty: LLM) -> None:
         assert chatty._engine.scheduler.idle
 
 
+def test_streams_and_lists_on_one_engine_take_nothing_from_each_other(llm: LLM) -> None:
+    params = SETTINGS["sampled"]
+    llm.use("ngram")
+    alone = [llm.generate(prompt, params).token_ids for prompt in PROMPTS]
+    streams = [llm.stream(prompt, params) for prompt in PROMPTS[:2]]
+    told: list[list[int]] = [[], []]
+    for _ in range(2):
+        for text, stream in zip(told, streams, strict=True):
+            text += next(stream).token_ids
+    assert [g.token_ids for g in llm.generate(PROMPTS[1:], params)] == alone[1:]
+    for text, stream in zip(told, streams, strict=True):
+        chunks = list(stream)
+        text += [token for chunk in chunks for token in chunk.token_ids]
+        assert chunks[-1].generation is not None
+        assert chunks[-1].generation.token_ids == text
+    assert told == alone[:2]
+
+
+def test_another_drafter_waits_until_nothing_is_open(llm: LLM) -> None:
+    llm.use("ngram", "chain:3")
+    stream = llm.stream(PROMPTS[0], SETTINGS["greedy"])
+    next(stream)
+    with pytest.raises(ValueError, match="still being decoded"):
+        llm.use("none")
+    with pytest.raises(ValueError, match="'nobody' is not known"):
+        llm.twin().use("nobody")
+    assert (llm.drafter.name, llm.tree) == ("ngram", "chain:3")
+    stream.close()
+    with pytest.raises(ValueError, match="'star' is not known"):
+        llm.use("none", "star")
+    assert (llm.drafter.name, llm.tree) == ("ngram", "chain:3")
+    llm.use("none")
+
+
 def test_torn_characters_wait_for_their_other_half() -> None:
     detokenizer = Detokenizer(lambda tokens: bytes(tokens).decode("utf-8", errors="replace"))
     parts = [detokenizer.add(byte) for byte in "aé€b".encode()]
@@ -271,8 +306,9 @@ def test_a_torn_end_is_told_however_the_text_ends(ending: list[int], reason: str
 
 def test_prompts_that_nobody_can_read_are_refused(chatty: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer: Any = chatty.tokenizer
-    with pytest.raises(ValueError, match="mapping"):
-        chatty.generate(tokenizer("hello"))
+    for unreadable in (tokenizer("hello"), b"hello", None, 3, [3.5, 4], [None]):
+        with pytest.raises(ValueError, match="give a text, a list of messages, or token ids"):
+            chatty.generate(unreadable)
     with pytest.raises(ValueError, match="UTF-8"):
         chatty.generate("caf\udce9")
     with pytest.raises(ValueError, match="UTF-8"):
@@ -282,22 +318,65 @@ def test_prompts_that_nobody_can_read_are_refused(chatty: LLM, monkeypatch: pyte
         chatty.generate([{"role": "system", "content": "hi"}])
 
 
-def test_an_interrupt_between_admission_and_prefill_leaves_the_engine_usable(llm: LLM) -> None:
+def test_token_ids_may_be_those_of_numpy_and_torch(llm: LLM) -> None:
+    llm.use("none")
+    params = SamplingParams(max_new_tokens=4, logit_bias={np.int64(7): np.float32(0.5)})
+    expected = llm.generate([8, 2], params).token_ids
+    for prompt in (np.array([8, 2]), torch.tensor([8, 2]), [np.int64(8), np.int64(2)]):
+        assert llm.generate(prompt, params).token_ids == expected
+    assert [g.token_ids for g in llm.generate(torch.tensor([[8, 2], [8, 2]]), params)] == [expected] * 2
+
+
+@pytest.mark.parametrize("what", ["_prefill", "target.prefill", "target.verify", "target.commit", "drafter.commit"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_whoever_is_open_outlives_what_ends_another(llm: LLM, what: str, error: type[BaseException]) -> None:
+    """A call is broken off anywhere in its rounds; a stream that was open before goes on as if nothing had happened."""
+    params = SETTINGS["sampled"]
     llm.use("ngram")
+    plain = llm.generate(PROMPTS[0], params).token_ids
+    stream = llm.stream(PROMPTS[0], params)
+    told = next(stream).token_ids
+    owner: Any = llm._engine
+    *path, name = what.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    usual, calls = getattr(owner, name), iter(range(100))
+
+    def broken(*given: Any) -> Any:
+        if next(calls) == 1:
+            raise error
+        return usual(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        prefill, calls = llm._engine._prefill, []
-
-        def interrupted(sequence: Sequence) -> None:
-            calls.append(sequence)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            prefill(sequence)
-
-        patch.setattr(llm._engine, "_prefill", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(PROMPTS[:3], SamplingParams(max_new_tokens=4))
+        patch.setattr(owner, name, broken)
+        with pytest.raises(error):
+            llm.generate(PROMPTS[1:], params)
+        told += [token for chunk in stream for token in chunk.token_ids]
+    assert told == plain
     assert llm._engine.scheduler.idle
-    assert len(llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True)).token_ids) == 4
+    assert llm.generate(PROMPTS[0], params).token_ids == plain
+
+
+def test_a_prompt_that_cannot_be_cached_ends_its_own_call_whoever_takes_the_step(llm: LLM) -> None:
+    llm.use("none")
+    params = SETTINGS["greedy"]
+    plain = llm.generate(PROMPTS[0], params).token_ids
+    narrow = LLM(llm.target, "none", max_batch=1)
+    outcomes = narrow.complete(PROMPTS[1:3], [params] * 2)
+    next(outcomes)
+    prefill = narrow.target.prefill
+
+    def without_room(slot: int, tokens: torch.Tensor, taps: Any) -> torch.Tensor:
+        if tokens.tolist() == PROMPTS[2][:-1]:
+            raise MemoryError("no room")
+        return prefill(slot, tokens, taps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(narrow.target, "prefill", without_room)
+        assert narrow.generate(PROMPTS[0], params).token_ids == plain
+        with pytest.raises(MemoryError, match="no room"):
+            next(outcomes)
+    assert narrow._engine.scheduler.idle
 
 
 def test_chats_go_through_the_models_own_template(chatty: LLM) -> None:
@@ -337,6 +416,25 @@ def test_unusable_logits_end_their_own_request_alone(llm: LLM, monkeypatch: pyte
     with pytest.raises(BadLogits, match="NaN"):
         llm.generate(PROMPTS[0], params)
     assert llm._engine.scheduler.idle
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection", "typical"])
+def test_what_was_accepted_before_the_law_ended_is_kept(llm: LLM, rule: str) -> None:
+    """Plain decoding would have written it, and may have ended there."""
+    only = dict.fromkeys(range(64), float("-inf")) | {3: 0.0, 4: 5.0}
+    written = SamplingParams(ignore_eos=True, logit_bias=only, bad_words=[[4, 3], [4, 4]])
+    llm.rule = rule
+    llm.use(Prophet([[9, 4]]))
+    for seed in range(10):
+        ended = llm.generate([9], replace(written, max_new_tokens=1, seed=seed))
+        failed = llm.generate([[9]], replace(written, max_new_tokens=9, seed=seed, logprobs=True))[0]
+        assert (ended.token_ids, ended.finish_reason) == ([4], "length")
+        assert (failed.token_ids, failed.finish_reason, len(failed.logprobs or [])) == ([4], "error", 1)
+        stream = llm.stream([9], replace(written, seed=seed))
+        assert next(stream).token_ids == [4]
+        with pytest.raises(BadLogits, match="exclude every token"):
+            next(stream)
+    llm.rule = "coupled"
 
 
 def test_a_request_that_excludes_every_token_fails_alone(llm: LLM) -> None:

@@ -108,10 +108,10 @@ def test_greedy_batches_have_no_noise() -> None:
 
 def test_noise_table_keeps_what_may_be_asked_again() -> None:
     table = NoiseTable(4, CPU)
-    for seed, position in ((1, 3), (1, 4), (2, 9), (3, 9)):
+    for seed, position in ((1, 3), (1, 4), (1, 400), (1, 700), (2, 9), (3, 9)):
         table.row(seed, TARGET_STREAM, position)
-    table.keep({1: 4, 2: 9})
-    assert sorted(table._rows) == [(1, TARGET_STREAM, 4), (2, TARGET_STREAM, 9)]
+    table.keep([(1, 4), (1, 698), (2, 9)])
+    assert sorted(table._rows) == [(1, TARGET_STREAM, 4), (1, TARGET_STREAM, 700), (2, TARGET_STREAM, 9)]
 
 
 def test_noise_has_the_gumbel_law() -> None:

@@ -135,6 +135,18 @@ def test_what_was_committed_while_nothing_was_drafted_is_taken_in(target: Any) -
         run.finish(scores, tree)
 
 
+def test_a_text_that_outgrew_the_window_undrafted_is_remembered_whole(target: Any) -> None:
+    _, drafter = drafter_of(target, window=8, echo=1.0)
+    run = Run(target, drafter, PROMPTS, "chain:3")
+    run.plan = replace(run.plan, nodes=1)
+    for _ in range(20):
+        run.finish(*run.propose())
+    run.plan = replace(run.plan, nodes=4)
+    run.propose()
+    for slot, line in enumerate(run.tokens):
+        assert drafter._echo._texts[slot].tolist() == line
+
+
 def test_the_spine_of_a_comb_is_the_chain(target: Any) -> None:
     _, drafter = drafter_of(target)
     _, chain = Run(target, drafter, PROMPTS, "chain:5").propose()

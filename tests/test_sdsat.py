@@ -295,6 +295,22 @@ def test_the_nodes_that_carry_probes_are_the_likely_ends() -> None:
     assert torch.allclose(ends(tree), torch.tensor([[0.2, 0.1, 0.4, 0.3]]))
 
 
+def test_what_was_drawn_does_not_say_which_nodes_carry_probes(target: Any) -> None:
+    """Else a later law depends on draws that no rule has judged, and that are made again with the same noise."""
+    drafter = drafter_of(target, fused=2)
+    carriers = []
+    for likely in (0.9, 0.1):
+        tree = from_paths([9], [[[1, 2], [3]]], 9)
+        tree.belief = torch.tensor([[[1.0, likely, likely, 1 - likely]]]).log()
+        tree.log_q = torch.zeros(1, tree.size, VOCAB)
+        for sampled in (True, False):
+            tree.sampled[:] = sampled
+            carriers.append(drafter._carriers(tree, []).tolist())
+    drawn, guessed, drawn_otherwise, guessed_otherwise = carriers
+    assert drawn == drawn_otherwise == [[0, 1]]
+    assert guessed != guessed_otherwise
+
+
 # --- lossless ---
 
 

@@ -61,6 +61,7 @@ def test_ancestors_of_a_long_chain() -> None:
         ("comb:3x5", "comb", 3, 5, 16),
         ("best:16", "best", 8, 0, 16),
         ("best:4x6", "best", 3, 6, 4),
+        ("best:128x9", "best", 8, 9, 128),
         ("chain:4", "chain", 1, 4, 5),
         (" chain:1 ", "chain", 1, 1, 2),
     ],

@@ -16,7 +16,7 @@ from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
 from s4c.verify.noise import TARGET_STREAM, NoiseTable, gumbel
 from s4c.verify.rules import Chance, Rule, follow, rejection
-from s4c.verify.scores import ALL_EXCLUDED, NOT_FINITE, Scores, choose
+from s4c.verify.scores import ALL_EXCLUDED, NOT_FINITE, Scores, choose, seed_of
 from s4c.verify.tree import TreePlan, listed_depths, root_only
 
 CPU = torch.device("cpu")
@@ -229,11 +229,7 @@ def speculate(
     """Decode a batch round by round; the outputs and the number of accepted nodes."""
     texts, noise, accepted = [list(prompt) for prompt in prompts], NoiseTable(vocab, CPU, kernel), 0
     while any(len(text) < len(prompt) + count for text, prompt in zip(texts, prompts, strict=True)):
-        first: dict[int, int] = {}
-        for request, text in zip(requests, texts, strict=True):
-            assert request.seed is not None
-            first[request.seed] = min(len(text), first.get(request.seed, len(text)))
-        noise.keep(first)
+        noise.keep([(seed_of(request), len(text)) for request, text in zip(requests, texts, strict=True)])
         scores = Scores(requests, texts, [len(prompt) for prompt in prompts], noise)
         tree = draft(texts, scores)
         verdict = rule(tree, output_of(tree, [tuple(text) for text in texts], models), scores)

@@ -316,7 +316,7 @@ class Bench:
         for index, generation in method.llm.complete([turn.prompt for turn in missing], [params] * len(missing)):
             turn = missing[index]
             if generation.error is not None and name == PLAIN:
-                raise BadLogits(generation.error, rows=[index])
+                raise BadLogits(generation.error)
             if generation.error is not None:
                 yield replace(turn.row(name), error=generation.error)
                 continue

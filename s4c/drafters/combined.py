@@ -23,14 +23,21 @@ class CombinedDrafter(Drafter):
         first: the one whose tree it is.
         second: the one whose guesses are added. Of both a `best` tree takes the nodes that either believes most; other
             trees, and those with probes, keep their shape, and it adds to them.
+
+    Raises:
+        ValueError: the second one hangs probes into its trees, which only the first can.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
+        if second.probes:
+            raise ValueError(
+                f"{second.name} drafts by probes in its own tree, so it must be the first of two, before the +"
+            )
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.default_tree = first.default_tree
         self.settings = f"{first.settings}+{second.settings}"
-        self.probes = first.probes or second.probes
+        self.probes = first.probes
         self.planned = first.planned and not self.probes
         self.taps = tuple(sorted({*first.taps, *second.taps}))
         self._second_plan = TreePlan.parse(second.default_tree)

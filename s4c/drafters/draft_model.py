@@ -10,8 +10,8 @@ another drafter guessed) are read with the next root. So every token is read onc
 
 With `stop=P` drafting ends where no path is more probable than P: the paper's draft length is fixed, but the chance
 that a longer one is of use is known. Whether a level is drafted depends on the levels above it alone, so that what is
-drawn there is still a draw from the drafter's law, and either rule stays lossless. A batch stops when none of its
-sequences is sure.
+drawn there is still a draw from the drafter's law, and either rule stays lossless. Each sequence of a batch stops for
+itself.
 """
 
 from __future__ import annotations
@@ -241,11 +241,14 @@ class DraftModelDrafter(Drafter):
         hidden = self._stack.run(self._embedding[rows.tokens], rows.parents)
         hidden = hidden.gather(1, rows.frontier[..., None].expand(-1, -1, hidden.shape[-1]))
         extend(sequences, builder, self._head(hidden).float(), self._token_ids)
-        while builder.open and bool((builder.confidence >= self._stop).any()):
+        while builder.open and bool((sure := builder.confidence >= self._stop).any()):
             pending = rows.count
             rows.expand(builder)
             hidden = self._stack.run(self._embedding[rows.tokens[:, pending:]], rows.parents, pending=pending)
-            extend(sequences, builder, self._head(hidden).float(), self._token_ids)
+            logits = self._head(hidden).float()
+            if not sure.all():
+                logits = logits.masked_fill(~sure[:, None, None], -torch.inf)
+            extend(sequences, builder, logits, self._token_ids)
         self._rows = rows
         return finish(sequences, builder)
 
@@ -284,7 +287,10 @@ def create(target: Target, argument: str) -> DraftModelDrafter:
         name, runtime="native" if native else "torch", dtype=drafting_dtype(target), device=str(target.device)
     )
     assert isinstance(model, LlamaTarget)
-    return DraftModelDrafter(model.stack, model.embedding_weight(), model.head, None, native, stop=_probability(stop))
+    rows = model.embedding_weight()
+    drafter = DraftModelDrafter(model.stack, rows, model.head, None, native, stop=_probability(stop))
+    drafter.settings = f"{model.spec.fingerprint} {argument}"
+    return drafter
 
 
 def _probability(text: str) -> float:

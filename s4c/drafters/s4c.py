@@ -369,6 +369,10 @@ class S4CDrafter(Drafter):
         """What is kept of the text of each slot beside the caches of the heads."""
         return [memory for memory in (self._context, self._echo) if memory is not None]
 
+    def _remember(self, slot: int) -> None:
+        for memory in self._memories():
+            memory.add(slot, self._slots[slot].tokens)
+
     @torch.no_grad()
     def _take_in(self, slot: int, tokens: Tensor, features: Tensor) -> None:
         """Fill the caches of a slot with the last `window` of tokens [n].
@@ -395,6 +399,7 @@ class S4CDrafter(Drafter):
         plan = sequences.plan.deepened(self.default_depth)
         for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
             if self._stacks[0].lengths[slot] + len(self._slots[slot].tokens) >= 2 * self.config.window:
+                self._remember(slot)
                 text = torch.tensor(line[-1 - self.config.window : -1], dtype=torch.int64, device=self.device)
                 features = self._slots[slot].features
                 self._take_in(slot, text, features.last(len(features)))
@@ -404,9 +409,8 @@ class S4CDrafter(Drafter):
         if plan.nodes < 2:  # the heads take in what is committed when they are asked again
             return root_only(sequences.roots, sequences.device)
         unread = [state.tokens for state in states]
-        for memory in self._memories():
-            for slot, tokens in enumerate(unread):
-                memory.add(slot, tokens)
+        for slot in range(len(states)):
+            self._remember(slot)
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]

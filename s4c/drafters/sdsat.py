@@ -31,7 +31,7 @@ from s4c.models.layers import Rotary, grouped_mask
 from s4c.models.llama import LlamaTarget, OpenModel
 from s4c.models.native.rows import native_top_and_total
 from s4c.types import DraftTree, TargetOutput, Verdict
-from s4c.verify.tree import TreePlan, lines, root_only
+from s4c.verify.tree import TreePlan, ancestors, lines, root_only
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -301,7 +301,13 @@ class SDSATDrafter(Drafter):
     def _carriers(self, tree: DraftTree, laws: Sequence[Tensor]) -> Tensor:
         """[B, G] int64, the columns of the nodes that are to carry probes; -1 for none."""
         if self.config.fused:
-            chance, nodes = ends(tree).topk(min(self.config.fused, tree.size), dim=1)
+            chance = ends(tree)
+            if tree.log_q is not None:
+                # What is drawn below a carrier's probes may not depend on them: a law that is a function of the draws
+                # is not one that they were drawn from. So the nodes with the most below them, whatever was drawn.
+                below = ancestors(tree.parents).sum(1)
+                chance = below.to(chance.dtype).where(tree.sampled[:, None], chance)
+            chance, nodes = chance.topk(min(self.config.fused, tree.size), dim=1)
             return nodes.where(chance > 0, -1)
         undrafted = [len(law) == 0 for law in laws]
         return torch.tensor([[0 if none else -1] for none in undrafted], device=tree.tokens.device)[:, : any(undrafted)]

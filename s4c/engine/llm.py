@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -102,6 +104,7 @@ class LLM:
         check_threads(threads)
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+        any_rule(rule)
         if tree not in ("auto", NAME):
             TreePlan.parse(tree)
         self.tokenizer: Any = None
@@ -113,6 +116,7 @@ class LLM:
         self.threads = share_threads(threads, target)
         self.rule = rule
         self.max_batch = max_batch
+        self._built: Engine | None = None
         self._planners: WeakKeyDictionary[Drafter, CostPlanner] = WeakKeyDictionary()
         self.use(drafter, tree)
 
@@ -122,12 +126,22 @@ class LLM:
         Args:
             drafter: as for the class.
             tree: as for the class.
+
+        Raises:
+            ValueError: there is no such drafter or tree, or a request is still open; all stays as it was.
         """
-        self.drafter = drafter if isinstance(drafter, Drafter) else choose_drafter(drafter, self.target)
-        self.tree = self._usual_tree() if tree == "auto" else tree
-        self._fixed = None if self.tree == NAME else FixedPlanner(TreePlan.parse(self.tree))
+        if self._built is not None and not self._built.scheduler.idle:
+            raise ValueError(
+                "a request is still being decoded; read its stream to the end or close it before using another drafter "
+                "(LLM.twin() gives one that decodes beside it)"
+            )
         any_rule(self.rule)
-        self._built: Engine | None = None
+        if not isinstance(drafter, Drafter):
+            drafter = choose_drafter(drafter, self.target)
+        if tree == "auto":
+            tree = NAME if self.rule == "coupled" and drafter.planned else drafter.default_tree
+        self._fixed = None if tree == NAME else FixedPlanner(TreePlan.parse(tree))
+        self.drafter, self.tree, self._built = drafter, tree, None
 
     def twin(self) -> LLM:
         """Another one on the same weights, to decode beside this one; it drafts nothing until it is told to."""
@@ -155,49 +169,64 @@ class LLM:
             BadLogits: the target's logits were unusable, for a single prompt. In a list the others are
                 decoded to their end, and the failed one has the finish reason `error`.
         """
+        if hasattr(prompts, "tolist"):
+            prompts = prompts.tolist()
         if _is_prompt(prompts):
             generation = self._run([prompts], params)[0]
             if generation.error is not None:
-                raise BadLogits(generation.error, rows=[0])
+                raise BadLogits(generation.error)
             return generation
         return self._run(list(prompts), params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Decode one prompt and yield what each round adds; closing the iterator stops the request."""
+        """Decode one prompt and yield what each round adds; closing the iterator stops the request.
+
+        Raises:
+            BadLogits: the target's logits were unusable; what came before them was yielded.
+        """
         sequence = self._sequence(prompt, params or SamplingParams())
         engine = self._engine
         engine.scheduler.add(sequence)
+        taken = 0
         try:
-            while not sequence.finished:
-                before = len(sequence.tokens)
-                engine.step()
-                if sequence.error is not None:
-                    raise BadLogits(sequence.error, rows=[0])
-                new = sequence.tokens[before:]
-                yield Chunk(
-                    text=sequence.released_text(),
-                    token_ids=new,
-                    origins=sequence.origins[len(sequence.origins) - len(new) :],
-                    generation=sequence.generation() if sequence.finished else None,
-                )
+            while not sequence.finished or taken < len(sequence.origins):
+                # Others that decode on this engine may have taken the steps that this one was waiting for.
+                while not sequence.finished and taken == len(sequence.origins):
+                    engine.step()
+                if sequence.failure is not None:
+                    raise sequence.failure
+                new = sequence.origins[taken:]
+                taken += len(new)
+                if new:
+                    yield Chunk(
+                        text=sequence.released_text(),
+                        token_ids=sequence.tokens[-len(new) :],
+                        origins=new,
+                        generation=sequence.generation() if sequence.finished and sequence.error is None else None,
+                    )
+            if sequence.error is not None:
+                raise BadLogits(sequence.error)
         finally:
             engine.scheduler.cancel(sequence)
 
     def complete(self, prompts: Ordered[Prompt], params: Ordered[SamplingParams]) -> Iterator[tuple[int, Generation]]:
         """Decode many prompts and yield each outcome with its index as soon as it is there."""
         sequences = [self._sequence(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        index = {id(sequence): number for number, sequence in enumerate(sequences)}
+        engine = self._engine
         for sequence in sequences:
-            self._engine.scheduler.add(sequence)
+            engine.scheduler.add(sequence)
+        index = {sequence: number for number, sequence in enumerate(sequences)}
         try:
-            while not self._engine.scheduler.idle:
-                for sequence in self._engine.step():
+            while index:
+                engine.step()
+                for sequence in list(takewhile(lambda sequence: sequence.slot >= 0, index)):
+                    if sequence.failure is not None:
+                        raise sequence.failure
                     if sequence.finished:
-                        yield index[id(sequence)], sequence.generation()
+                        yield index.pop(sequence), sequence.generation()
         finally:
-            # From the last slot on, so that none moves: it may not have been prefilled yet.
-            for sequence in sorted(sequences, key=lambda sequence: -sequence.slot):
-                self._engine.scheduler.cancel(sequence)
+            for sequence in index:
+                engine.scheduler.cancel(sequence)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt as the target reads them.
@@ -205,14 +234,18 @@ class LLM:
         Raises:
             ValueError: the prompt is empty, of another kind, or needs a tokenizer that is not there.
         """
-        if isinstance(prompt, Mapping):
-            raise ValueError("the prompt is a mapping; give a text, a list of messages, or token ids")
-        if isinstance(prompt, str):
-            ids = self._need_tokenizer("a text").encode(_encodable(prompt))
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self._chat_ids(prompt)
+        given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if isinstance(given, bytes) or not isinstance(given, Ordered):
+            raise ValueError(f"the prompt is {given!r}; give a text, a list of messages, or token ids")
+        if isinstance(given, str):
+            ids = self._need_tokenizer("a text").encode(_encodable(given))
+        elif len(given) and isinstance(given[0], Mapping):
+            ids = self._chat_ids(given)
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            wrong = [token for token in given if not isinstance(token, Integral)]
+            if wrong:
+                raise ValueError(f"the prompt holds {wrong[0]!r}; give a text, a list of messages, or token ids")
+            ids = [int(token) for token in given]  # type: ignore[arg-type]
         if not ids:
             raise ValueError("the prompt is empty; give a text, a chat or token ids with at least one token")
         return list(ids)
@@ -230,10 +263,6 @@ class LLM:
         if self._built is None:
             self._built = Engine(self.target, self.drafter, self._fixed or self._planner(), self.rule, self.max_batch)
         return self._built
-
-    def _usual_tree(self) -> str:
-        """The planner where the text does not depend on the trees, else the one that the drafter recommends."""
-        return NAME if self.rule == "coupled" and self.drafter.planned else self.drafter.default_tree
 
     def _planner(self) -> CostPlanner:
         """The planner of the drafter: what it has learnt is kept while others are used."""
@@ -359,4 +388,7 @@ def _encodable(text: str) -> str:
 
 
 def _is_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+    """Whether it is one prompt (or nothing that could be several)."""
+    if isinstance(prompts, str) or not isinstance(prompts, Ordered):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping)

@@ -30,9 +30,10 @@ from s4c.models.builtin import home, status
 from s4c.models.sampling import noise_kernel
 from s4c.types import DraftTree, SamplingParams
 from s4c.verify.noise import NoiseTable
-from s4c.verify.rules import coupled, walked
+from s4c.verify.rules import coupled
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan, from_paths, root_only
+from s4c.verify.verdict import settled
 
 FORMAT = 11
 """Raised when a file comes to hold something else, or when what is measured changes."""
@@ -138,7 +139,7 @@ def judged(target: Target) -> Callable[[DraftTree], object]:
     """A pass and its judgement at temperature 0, as a round has them."""
     noise = NoiseTable(target.spec.vocab_size, target.device)
     scores = Scores([SamplingParams()], [[0]], [1], noise, target.judge)
-    return lambda tree: walked(tree, target.verify(tree), scores)
+    return lambda tree: coupled(tree, target.verify(tree), scores)
 
 
 def attention_seconds(target: Target, near: Mapping[int, float]) -> tuple[float, float]:
@@ -219,7 +220,7 @@ def draft_seconds(
             tree = drafted if drafter.probes else root_only(line[-1:], target.device)
             started = now(target)
             output = target.verify(tree, drafter.taps)
-            verdict = coupled(tree, output, scores)
+            verdict = settled(coupled(tree, output, scores))
             if drafter.probes and levels and tree.size < len(table):
                 surplus.append(now(target) - started - table[tree.size])
             target.commit(verdict)

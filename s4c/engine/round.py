@@ -19,14 +19,14 @@ from s4c.engine.planner import Planner
 from s4c.engine.scheduler import Scheduler
 from s4c.engine.sequence import Sequence
 from s4c.engine.stats import StepTimer
-from s4c.errors import BadLogits
 from s4c.models.base import Target
 from s4c.models.sampling import noise_kernel
-from s4c.types import DraftTree, SamplingParams, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict
 from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import Rule
-from s4c.verify.scores import Scores
+from s4c.verify.scores import Scores, seed_of
 from s4c.verify.typical import any_rule, title
+from s4c.verify.verdict import settled
 
 
 class Engine:
@@ -57,11 +57,23 @@ class Engine:
         Returns:
             The sequences that took part, the ones that it ended among them; empty when there is nothing to do.
         """
-        for sequence in self.scheduler.admit():
-            self._prefill(sequence)
-        running = list(self.scheduler.running)
-        if not running:
-            return []
+        try:
+            self._admit()
+            return self._round(list(self.scheduler.running)) if self.scheduler.running else []
+        except BaseException:
+            self.scheduler.requeue()
+            raise
+
+    def _admit(self) -> None:
+        """Prefill what there is room for; a sequence with which that fails ends alone."""
+        while (sequence := self.scheduler.admit()) is not None:
+            try:
+                self._prefill(sequence)
+            except Exception as failure:
+                sequence.failure = failure
+                self.scheduler.cancel(sequence)
+
+    def _round(self, running: list[Sequence]) -> list[Sequence]:
         started = time.perf_counter()
         timer = StepTimer()
         with timer.step("schedule"):
@@ -71,13 +83,15 @@ class Engine:
         with timer.step("verify"):
             output = self.target.verify(tree, self.drafter.taps)
         with timer.step("judge"):
-            verdict = self._judge(tree, output, sequences.scores, running)
+            judged = self.rule(tree, output, sequences.scores)
+            verdict = settled(judged)
             logprobs = self._logprobs(tree, output, verdict, sequences.scores)
         with timer.step("commit"):
             self.target.commit(verdict)
             self.drafter.commit(tree, verdict, output)
         with timer.step("schedule"):
-            self._append(running, verdict, logprobs)
+            for row, (sequence, (_, tokens)) in enumerate(zip(running, judged.lines, strict=True)):
+                sequence.append(tokens, logprobs[row] if logprobs else None)
         self.planner.record(verdict, timer.seconds)
         self._account(running, tree, timer, time.perf_counter() - started)
         self.scheduler.retire()
@@ -87,7 +101,7 @@ class Engine:
         """The running sequences as the drafter sees them."""
         tokens = [sequence.tokens for sequence in running]
         params = [sequence.params for sequence in running]
-        self.noise.keep(_first_positions(running))
+        self.noise.keep([(seed_of(sequence.params), len(sequence.tokens)) for sequence in running])
         return Sequences(
             tokens=tokens,
             scores=Scores(params, tokens, [len(s.prompt) for s in running], self.noise, self.target.judge),
@@ -97,30 +111,17 @@ class Engine:
         )
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Cache the prompt but its last token, which is the first root."""
+        """Cache the text but its last token, which is the first root."""
         started = time.perf_counter()
         sequence.stats.rule = self.rule_title
         limit = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.spec.context_length)
         slots = min(self.scheduler.max_batch, len(self.scheduler.running) + len(self.scheduler.waiting))
         self.target.reserve(slots, limit + self.planner.pool)
         self.drafter.reserve(slots, limit + self.planner.pool)
-        tokens = torch.tensor(sequence.prompt[:-1], dtype=torch.int64, device=self.target.device)
+        tokens = torch.tensor(sequence.tokens[:-1], dtype=torch.int64, device=self.target.device)
         features = self.target.prefill(sequence.slot, tokens, self.drafter.taps)
         self.drafter.prefill(sequence.slot, tokens, features)
-        sequence.stats.prefill_seconds = time.perf_counter() - started
-
-    def _judge(self, tree: DraftTree, output: TargetOutput, scores: Scores, running: list[Sequence]) -> Verdict:
-        """The verdict; a sequence of which no token can be chosen fails alone, and takes any token in its place."""
-        try:
-            return self.rule(tree, output, scores)
-        except BadLogits as error:
-            params = list(scores.params)
-            for row in error.rows:
-                running[row].fail(str(error))
-                output.logits[row] = 0.0
-                params[row] = SamplingParams()
-            prompts = [len(sequence.prompt) for sequence in running]
-            return self.rule(tree, output, Scores(params, scores.tokens, prompts, self.noise))
+        sequence.stats.prefill_seconds += time.perf_counter() - started
 
     def _logprobs(
         self, tree: DraftTree, output: TargetOutput, verdict: Verdict, scores: Scores
@@ -132,11 +133,6 @@ class Engine:
         values: list[list[float]] = on_path.gather(2, verdict.tokens[..., None])[..., 0].tolist()
         return values
 
-    def _append(self, running: list[Sequence], verdict: Verdict, logprobs: list[list[float]] | None) -> None:
-        for row, (sequence, (_, tokens)) in enumerate(zip(running, verdict.lines, strict=True)):
-            if not sequence.finished:
-                sequence.append(tokens, logprobs[row] if logprobs else None)
-
     def _account(self, running: list[Sequence], tree: DraftTree, timer: StepTimer, seconds: float) -> None:
         for sequence in running:
             sequence.stats.decode_seconds += seconds
@@ -147,13 +143,3 @@ class Engine:
     def _move(self, source: int, destination: int) -> None:
         self.target.move(source, destination)
         self.drafter.move(source, destination)
-
-
-def _first_positions(running: list[Sequence]) -> dict[int, int]:
-    """The first position that each seed may still ask noise for."""
-    first: dict[int, int] = {}
-    for sequence in running:
-        assert sequence.params.seed is not None
-        position = len(sequence.tokens)
-        first[sequence.params.seed] = min(position, first.get(sequence.params.seed, position))
-    return first

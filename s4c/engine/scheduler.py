@@ -35,15 +35,22 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to waiting requests; those are to be prefilled."""
-        admitted = []
-        while self.waiting and len(self.running) < self.max_batch:
-            sequence = self.waiting.popleft()
-            sequence.slot = len(self.running)
-            self.running.append(sequence)
-            admitted.append(sequence)
-        return admitted
+    def admit(self) -> Sequence | None:
+        """Give a free slot to the next waiting request, which is to be prefilled; None if there is no such pair."""
+        if not self.waiting or len(self.running) == self.max_batch:
+            return None
+        sequence = self.waiting.popleft()
+        sequence.slot = len(self.running)
+        self.running.append(sequence)
+        return sequence
+
+    def requeue(self) -> None:
+        """Let all that run wait, before the others: what their slots hold is not to be relied on."""
+        unfinished = [sequence for sequence in self.running if not sequence.finished]
+        for sequence in unfinished:
+            sequence.slot = -1
+        self.waiting.extendleft(reversed(unfinished))
+        self.running.clear()
 
     def retire(self) -> list[Sequence]:
         """Take out the finished sequences and close the gaps."""

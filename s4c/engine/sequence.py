@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from s4c.engine.stats import Stats
 from s4c.types import SamplingParams
+from s4c.verify.scores import why_lawless
 
 Decode = Callable[[list[int]], str]
 """Token ids to text, special tokens left out."""
@@ -82,7 +83,8 @@ class Sequence:
     Attributes:
         tokens: prompt and output; the last one is the root of the next round.
         params: with the seed set.
-        slot: where it stands in the caches while it runs.
+        slot: where it stands in the caches while it runs; -1 while it waits.
+        failure: what went wrong when its text was to be cached.
         text: of the output, as far as somebody has asked for it.
     """
 
@@ -94,6 +96,7 @@ class Sequence:
     slot: int = -1
     finish_reason: str | None = None
     error: str | None = None
+    failure: Exception | None = None
     text: str = ""
     origins: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -115,9 +118,12 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     def append(self, tokens: Ordered[int], logprobs: Ordered[float] | None = None) -> None:
-        """Take in what a round committed, up to where the request ends."""
+        """Take in what a round committed, up to where the request ends: with an error where the target had no law."""
         kept = 0
         for index, token in enumerate(tokens):
+            if token < 0:
+                self.finish_reason, self.error = "error", why_lawless(token)
+                break
             kept += 1
             self.tokens.append(token)
             self.origins.append(index + 1 if index < len(tokens) - 1 else 0)
@@ -126,14 +132,10 @@ class Sequence:
             self.finish_reason = self._end_at(token)
             if self.finished:
                 break
-        self.stats.record_round(kept)
+        if kept:
+            self.stats.record_round(kept)
         if self.finished:
             self._close()
-
-    def fail(self, error: str) -> None:
-        """End the request with an error; what it has written stays."""
-        self.finish_reason, self.error = "error", error
-        self._close()
 
     def released_text(self) -> str:
         """Text that came since the last call, without what might still become a stop string."""

@@ -8,7 +8,7 @@ machine makes alike: a seed means the same noise, bit by bit, on every processor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ COUNTERS = 16
 MULTIPLIERS, STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 """Of Philox4x32."""
+
+AHEAD = 32
+"""Positions whose rows a request keeps; those further on are made anew each round, which few trees reach."""
 
 WORD = 0xFFFFFFFF
 
@@ -124,10 +127,12 @@ class NoiseTable:
             self._rows[key] = self._make(seed, stream, position, self.size, self.device)
         return self._rows[key]
 
-    def keep(self, positions: dict[int, int]) -> None:
-        """Drop what no running request can ask for again.
+    def keep(self, positions: Sequence[tuple[int, int]]) -> None:
+        """Drop what no running request will soon ask for.
 
         Args:
-            positions: for each seed in use the position of the root; of several requests the smallest.
+            positions: of each running request its seed, and the position of its next token.
         """
-        self._rows = {key: row for key, row in self._rows.items() if key[2] >= positions.get(key[0], key[2] + 1)}
+        for key in list(self._rows):
+            if not any(key[0] == seed and 0 <= key[2] - start < AHEAD for seed, start in positions):
+                del self._rows[key]

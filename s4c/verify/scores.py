@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s4c.errors import BadLogits
 from s4c.types import DraftTree, SamplingParams, Verdict
 from s4c.verify import tree as trees
 from s4c.verify.noise import TARGET_STREAM, NoiseTable
@@ -164,7 +163,7 @@ class Scores:
         bias = torch.zeros(len(self.params), 1, self.vocab_size, device=self.device)
         for row, request in enumerate(self.params):
             for token, value in request.logit_bias.items():
-                bias[row, 0, token] = value
+                bias[row, 0, token] = float(value)
         return bias
 
     def _penalise(
@@ -285,7 +284,7 @@ def choose(processed: Tensor, noise: Tensor | None) -> Tensor:
     """[B, N] int64: the token of each node, `argmax(log p + g)`.
 
     A node without a law gets NOT_FINITE (NaN or +inf) or ALL_EXCLUDED (nothing but -inf). That is an error
-    only where a token is taken from it (`check_chosen`): drafted text that is never committed may be absurd.
+    only where a token is taken from it: drafted text that is never committed may be absurd.
     """
     best, token = highest(processed if noise is None else processed + noise)
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, ALL_EXCLUDED, NOT_FINITE))
@@ -306,17 +305,9 @@ def highest(x: Tensor) -> tuple[Tensor, Tensor]:
     return best, block * MAXIMUM_BLOCK + inside
 
 
-def check_chosen(tokens: Sequence[int]) -> None:
-    """Refuse tokens of the rows of a batch among which one stands for a missing law.
-
-    Raises:
-        BadLogits: there is one; the message and `rows` name its row of the batch.
-    """
-    marks = {row: token for row, token in enumerate(tokens) if token < 0}
-    if marks:
-        rows = list(marks)
-        what = "hold NaN or infinity: weights or activations overflow; try dtype float32"
-        if set(marks.values()) == {ALL_EXCLUDED}:
-            what = "exclude every token: let logit_bias and bad_words leave one"
-        names = ", ".join(str(row) for row in rows)
-        raise BadLogits(f"nothing was sampled: the target's logits of sequence {names} of the batch {what}", rows)
+def why_lawless(mark: int) -> str:
+    """What to tell whose request ends because of NOT_FINITE or ALL_EXCLUDED."""
+    what = "hold NaN or infinity: weights or activations overflow; try dtype float32"
+    if mark == ALL_EXCLUDED:
+        what = "exclude every token: let logit_bias and bad_words leave one"
+    return f"nothing was sampled: the target's logits {what}"

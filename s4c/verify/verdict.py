@@ -35,3 +35,11 @@ class ListedVerdict(Verdict):
         made = torch.tensor(numbers[name], device=self._device)
         setattr(self, name, made)
         return made
+
+
+def settled(verdict: Verdict) -> Verdict:
+    """The verdict with token 0 for each bonus that marks a missing law: for whoever takes nothing but tokens."""
+    if all(tokens[-1] >= 0 for _, tokens in verdict.lines):
+        return verdict
+    lines = [(path, [max(token, 0) for token in tokens]) for path, tokens in verdict.lines]
+    return ListedVerdict(lines, verdict.path.device)
