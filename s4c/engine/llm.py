@@ -187,23 +187,22 @@ class LLM:
         sequence = self._sequence(prompt, params or SamplingParams())
         engine = self._engine
         engine.scheduler.add(sequence)
-        taken = 0
+        told = 0
         try:
-            while not sequence.finished or taken < len(sequence.origins):
-                # Others that decode on this engine may have taken the steps that this one was waiting for.
-                while not sequence.finished and taken == len(sequence.origins):
+            while told < len(sequence.origins) or not sequence.finished:
+                new = sequence.origins[told:]
+                if not new:  # others that decode on this engine take steps for this one, too
                     engine.step()
-                if sequence.failure is not None:
-                    raise sequence.failure
-                new = sequence.origins[taken:]
-                taken += len(new)
-                if new:
-                    yield Chunk(
-                        text=sequence.released_text(),
-                        token_ids=sequence.tokens[-len(new) :],
-                        origins=new,
-                        generation=sequence.generation() if sequence.finished and sequence.error is None else None,
-                    )
+                    continue
+                told += len(new)
+                yield Chunk(
+                    text=sequence.released_text(),
+                    token_ids=sequence.tokens[-len(new) :],
+                    origins=new,
+                    generation=sequence.generation() if sequence.finished and sequence.error is None else None,
+                )
+            if sequence.failure is not None:
+                raise sequence.failure
             if sequence.error is not None:
                 raise BadLogits(sequence.error)
         finally:
