@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ def test_the_package_gives_its_face_when_asked() -> None:
         (["train", "--data", "x", "--out", "y", "--steps", "1", "--method", "luck"], 2, "must be one of s4c"),
         (["train", "--data", "x", "--out", "y"], 2, "one of them must be given"),
         (["train", "--data", "nowhere.jsonl", "--out", "y", "--steps", "1"], 2, "nowhere.jsonl cannot be read"),
+        (["train", "--data", "x", "--out", "y", "--steps", "1", "--context-length", "7"], 2, "context_length is 7"),
+        (["info", "--context-length", "7"], 2, "context_length is 7"),
+        (["eval", "--data", "x", "--context-length", "7"], 2, "context_length is 7"),
         (["eval", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl cannot be read"),
         (["eval", "--data", "nowhere.jsonl", "--held-out", "2"], 2, "--held-out is 2.0"),
     ],
@@ -248,6 +251,13 @@ def test_a_difference_is_a_tie_only_in_half_precision() -> None:
     assert "possibly a tie" in comparison([1], [2], half=True).verdict
     assert comparison([1], [2], half=True).failed
     assert not comparison([1], [2], same_law_only=True).failed
+
+
+def test_a_pipe_does_not_bound_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    named = replace(comparison([1], [1]), drafter="a name that leaves no room for the figures in eighty columns")
+    named.report()
+    assert f" {named.drafter} " in capsys.readouterr().out
 
 
 # Colours

@@ -58,6 +58,7 @@ app.command("quality")(quality)
 
 
 @app.callback()
+@options.asking_how
 def bench(
     context: typer.Context,
     questions: Questions = None,
@@ -105,10 +106,8 @@ def bench(
     seed: options.Seed = 0,
     target: options.Target = options.DEFAULT_TARGET,
     rule: options.Rule = "coupled",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
+    *,
+    how: options.How,
     as_json: options.Json = False,
 ) -> None:
     """Speed, acceptance and equality of methods and peers; code 1 where an answer is not that of plain decoding."""
@@ -134,9 +133,7 @@ def bench(
         split(spec)
     footprint = Footprint()
     with footprint.watch():
-        llm = options.load(
-            target, "none", rule=rule, dtype=dtype, device=device, threads=threads, runtime=runtime, max_batch=batch
-        )
+        llm = options.load(target, "none", how, rule=rule, max_batch=batch)
     contestants = build_methods(llm, methods, rule, footprint.held)
     settings = {
         "target": target,
@@ -145,6 +142,7 @@ def bench(
         "device": str(llm.target.device),
         "runtime": llm.target.runtime,
         "threads": llm.threads,
+        "context_length": how.context_length,
         "methods": [contestant.name for contestant in contestants],
         "peers": _split(peers),
         "rule": rule,
@@ -369,9 +367,7 @@ def progress() -> Progress:
 def _print(summary: dict[str, Any], out: Path | None) -> None:
     from s4c.bench.report import differences, tables, warnings
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
+    console = options.console()
     for table in tables(summary):
         shown = Shown(*table.header, title=table.title, title_justify="left")
         for row in table.rows:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from s4c.cli import options
@@ -29,7 +28,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison))
         return
-    console = Console(highlight=False)
+    console = options.console()
     for line in comparison["settings"]:
         console.print(f"settings differ: {line}", markup=False, soft_wrap=True)
     table = Table("method", "temp.", "figure", str(first), str(second), "second over first", "verdict")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from s4c.cli import options
 
 
+@options.asking_how
 def quality(
     questions: Annotated[
         Path | None,
@@ -30,10 +30,8 @@ def quality(
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     target: options.Target = options.DEFAULT_TARGET,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
+    *,
+    how: options.How,
     as_json: options.Json = False,
 ) -> None:
     """Score plain and speculative decoding by the final number of each answer; code 1 where answers differ."""
@@ -46,7 +44,7 @@ def quality(
 
     asked = with_numbers(chosen(questions, categories, sample, limit, seed))
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    llm = options.load(target, "none", dtype=dtype, device=device, threads=threads, runtime=runtime, max_batch=batch)
+    llm = options.load(target, "none", how, max_batch=batch)
     bench = Bench(llm, build_methods(llm, methods), params, [temperature])
     bench.check(asked)
     rows = []
@@ -59,7 +57,7 @@ def quality(
     if as_json:
         typer.echo(json.dumps(scores))
     else:
-        console = Console(highlight=False)
+        console = options.console()
         table = Table("method", "answers", "right", "score", "same answers as plain")
         for score in scores:
             share = score["right"] / score["answers"] if score["answers"] else 0.0

@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 HELP = "/reset starts a new conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
 
+@options.asking_how
 def chat(
     target: options.Target = options.DEFAULT_TARGET,
     drafter: options.Drafter = "auto",
     tree: options.Tree = "auto",
     rule: options.Rule = "coupled",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
-    context_length: options.ContextLength = None,
+    *,
+    how: options.How,
     max_new_tokens: options.MaxNewTokens = 1024,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -61,17 +59,7 @@ def chat(
         stop=stop or (),
         seed=seed,
     )
-    llm = options.load(
-        target,
-        drafter,
-        tree=tree,
-        rule=rule,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        context_length=context_length,
-    )
+    llm = options.load(target, drafter, how, tree=tree, rule=rule)
     if not getattr(llm.tokenizer, "chat_template", None):
         raise ValueError(f"{target} has no chat template; use `s4c generate --raw`")
     conversation = Conversation(llm, params, system)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from s4c.cli import options
 from s4c.drafters.base import Drafter
 from s4c.engine.llm import LLM
 from s4c.engine.sequence import Generation
@@ -119,7 +119,7 @@ class Comparison:
                 f"{stats.decode_seconds:.2f}",
                 str(stats.rounds),
             )
-        console = Console(highlight=False)
+        console = options.console()
         console.print(table)
         colour = "red" if self.failed else "green"
         console.print(f"speedup [bold]{self.speedup:.2f}x[/]; [{colour}]{self.verdict}[/]", soft_wrap=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from s4c.types import SamplingParams
 
 
+@options.asking_how
 def distill(
     out: Annotated[
         Path, typer.Option(help="JSONL to write; rows that stand in it are not made again.", show_default=False)
@@ -54,11 +55,8 @@ def distill(
     ] = None,
     target: options.Target = options.DEFAULT_TARGET,
     drafter: options.Drafter = "none",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
-    context_length: options.ContextLength = None,
+    *,
+    how: options.How,
 ) -> None:
     """Let the target write training text. A run that was stopped goes on when it is started again."""
     numbers = _temperatures(temperatures)
@@ -74,16 +72,7 @@ def distill(
 
     config = DistillConfig(max_new_tokens, max_prompt_tokens, numbers, seed)
     texts = None if prompts is None else read_prompts(prompts)[:count]
-    llm = options.load(
-        target,
-        drafter,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        context_length=context_length,
-        max_batch=batch,
-    )
+    llm = options.load(target, drafter, how, max_batch=batch)
     config = replace(config, max_prompt_tokens=min(max_prompt_tokens, llm.target.spec.context_length - 1))
     recording = None if features is None else _record(llm, features)
     try:

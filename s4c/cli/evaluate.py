@@ -27,6 +27,7 @@ BATCH_TOKENS = 2048
 TEMPERATURES = (0.0, 1.0)
 
 
+@options.asking_how
 def evaluate(
     data: options.Data,
     drafter: options.Drafter = "auto",
@@ -45,26 +46,14 @@ def evaluate(
     seed: options.Seed = 0,
     tree: options.Tree = "auto",
     rule: options.Rule = "coupled",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
+    *,
+    how: options.How,
     as_json: options.Json = False,
 ) -> None:
     """Measure a drafter on text that it was not trained on, with the tree that it recommends unless one is named."""
     from s4c.verify.typical import title
 
-    llm = options.load(
-        target,
-        drafter,
-        tree=tree,
-        rule=rule,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        max_batch=batch,
-    )
+    llm = options.load(target, drafter, how, tree=tree, rule=rule, max_batch=batch)
     chosen = _held_out(llm, data, held_out, rows, max_length)
     asked = [list(row.prompt_ids) for row in chosen] if prompts is None else _prompts(llm, prompts, rows)
     folder = _folder(llm, drafter)
@@ -178,10 +167,9 @@ def _engine(llm: LLM, prompts: list[list[int]], temperature: float, max_new_toke
 
 def _print(report: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = options.console()
     if report["heads"] is not None:
         ranks = len(report["heads"]["conditional"][0])
         table = Table("acceptance", *(f"top {k + 1}" for k in range(ranks)), box=box.SIMPLE_HEAD)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from s4c.engine.llm import LLM
 
 
+@options.asking_how
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default="stdin")
@@ -25,11 +26,8 @@ def generate(
     drafter: options.Drafter = "auto",
     tree: options.Tree = "auto",
     rule: options.Rule = "coupled",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
-    context_length: options.ContextLength = None,
+    *,
+    how: options.How,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -72,17 +70,7 @@ def generate(
         stop=stop or (),
         seed=seed,
     )
-    llm = options.load(
-        target,
-        drafter,
-        tree=tree,
-        rule=rule,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        context_length=context_length,
-    )
+    llm = options.load(target, drafter, how, tree=tree, rule=rule)
     request = _request(llm, text, system, chat)
     if compare:
         _compare(llm, tree, request, params, stream, as_json)

@@ -33,6 +33,7 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf
 """CPU features that decide how fast a pass can be, as the kernel calls them."""
 
 
+@options.asking_how
 def info(
     target: Annotated[
         str | None,
@@ -40,10 +41,8 @@ def info(
     ] = None,
     drafter: options.Drafter = "auto",
     tree: options.Tree = "auto",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
+    *,
+    how: options.How,
     measure: Annotated[bool, typer.Option(help="Load the target and measure it.")] = True,
     as_json: options.Json = False,
 ) -> None:
@@ -56,9 +55,9 @@ def info(
         target = options.DEFAULT_TARGET
     measured, used = None, torch.get_num_threads()
     if measure and target is not None:
-        llm = options.load(target, drafter, tree=tree, dtype=dtype, device=device, threads=threads, runtime=runtime)
+        llm = options.load(target, drafter, how, tree=tree)
         with options.spinner("measuring"):
-            measured, used = _measure(llm, runtime), llm.threads
+            measured, used = _measure(llm, how.runtime), llm.threads
     report = {
         "versions": _versions(),
         "machine": _machine(used),
@@ -221,11 +220,10 @@ def round_cost(llm: LLM) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = options.console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for name, value in report["machine"].items():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 MODEL, SAMPLING = "Model", "Sampling"
 DEFAULT_TARGET = "smollm2-135m"
+WIDE = 200
+"""Columns of tables in a pipe, where no terminal bounds them."""
 
 Target = Annotated[
     str,
@@ -102,6 +108,43 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Data = Annotated[list[Path], typer.Option(help="JSONL that `s4c distill` wrote; may be repeated.", show_default=False)]
 
 
+@dataclass(frozen=True)
+class How:
+    """How a target runs, which every command that loads one asks alike; see `asking_how`."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: Threads = None
+    runtime: Runtime = "auto"
+    context_length: ContextLength = None
+
+
+def asking_how(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `how: How`, as typer takes it: with the options of `How` in its place."""
+    hints = get_type_hints(How, include_extras=True)
+    asked = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(How)
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for own in signature.parameters.values() for p in (asked if own.name == "how" else [own])]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(how=How(**{p.name: given.pop(p.name) for p in asked}), **given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def console() -> Console:
+    """Where results are printed: as wide as the terminal or COLUMNS says, else as wide as they need."""
+    made = Console(highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDE
+    return made
+
+
 def start() -> None:
     """Import what takes seconds to import, with a sign of life."""
     if "s4c.engine.llm" not in sys.modules:
@@ -121,14 +164,10 @@ def spinner(message: str) -> Iterator[None]:
 def load(
     target: str,
     drafter: str,
+    how: How,
     *,
     tree: str = "auto",
     rule: str = "coupled",
-    dtype: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    runtime: str = "auto",
-    context_length: int | None = None,
     max_batch: int = 1,
 ) -> LLM:
     """The model that the options ask for.
@@ -139,15 +178,4 @@ def load(
     start()
     from s4c.engine.llm import LLM
 
-    return LLM(
-        target,
-        drafter,
-        tree=tree,
-        rule=rule,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        context_length=context_length,
-        max_batch=max_batch,
-    )
+    return LLM(target, drafter, tree=tree, rule=rule, max_batch=max_batch, **vars(how))

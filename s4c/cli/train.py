@@ -11,7 +11,7 @@ import shlex
 import sys
 import types
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,7 @@ def _setting(default: str, help: str, panel: str = RUN) -> Any:
     return typer.Option(help=help, show_default=default, rich_help_panel=panel)
 
 
+@options.asking_how
 def train(
     data: options.Data,
     out: Annotated[Path, typer.Option(help="Folder of the run; the drafter will be in best.", show_default=False)],
@@ -97,10 +98,8 @@ def train(
         float | None, _setting("0.0", "Power of the chance that rounds come to a position.", LOSS)
     ] = None,
     target: options.Target = options.DEFAULT_TARGET,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    runtime: options.Runtime = "auto",
+    *,
+    how: options.How,
 ) -> None:
     """Train a drafter. A run that was stopped goes on with the same command and --resume."""
     given = {name: value for name, value in locals().items() if value is not None}
@@ -117,7 +116,7 @@ def train(
     config = TrainConfig(**named, weights=LossWeights(**weights))
     line = trained_method(method, full)
     method_config = parse_settings(line, settings or [])
-    llm = options.load(target, "none", dtype=dtype, device=_own(device), threads=threads, runtime=runtime)
+    llm = options.load(target, "none", replace(how, device=_own(how.device)))
     torch.set_num_threads(llm.threads)
     rows, held = _rows(data, llm.target, config)
     torch.manual_seed(config.seed)
