@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from s4c import LLM, SamplingParams
 from s4c.bench import questions as asking
-from s4c.bench.contestants import PLAIN, Contestant, Method, Reply, canonical, counted
+from s4c.bench.contestants import PLAIN, Contestant, Method, Reply, canonical, counted, split_methods
 from s4c.bench.equality import TIE, Judge
 from s4c.bench.questions import Question, of_categories, read_questions, sample
 from s4c.bench.run import NOT_ASKED, SINGLY, Bench, Row
 from s4c.bench.summary import summarise
+from s4c.cli.bench import build_methods
 from s4c.cli.main import app
 
 QUESTIONS = [
@@ -153,6 +154,7 @@ def test_options_of_a_method_stand_behind_at_signs(llm: LLM) -> None:
     assert not method.comparable(0.5)
     assert method.comparable(0.0)
     assert canonical(" none ") == Method(llm, "none").name == PLAIN
+    assert Method(llm, "ngram", "rejection").name == canonical("ngram", "rejection") == "ngram@rule=rejection"
     for spec, message in {
         "ngram@bush:2": "tree 'bush:2'",
         "ngram@luck=1": "'luck=1' is not known; after an @ may stand",
@@ -162,6 +164,16 @@ def test_options_of_a_method_stand_behind_at_signs(llm: LLM) -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             Method(llm, spec)
+
+
+def test_a_method_that_is_named_twice_takes_part_once(llm: LLM) -> None:
+    found = build_methods(llm, "none,ngram,ngram@rule=rejection,plain, ngram", rule="rejection")
+    assert [contestant.name for contestant in found] == [PLAIN, "ngram@rule=rejection"]
+
+
+def test_the_comma_of_a_drafter_splits_no_list() -> None:
+    first, second = "draft-model=a,stop=0.2", "ngram+draft-model=b,stop=0.2@chain:4"
+    assert split_methods(f" auto, {first},{second},,lr=1/best,ngram") == ["auto", first, second, "lr=1/best", "ngram"]
 
 
 def test_tokens_count_up_to_and_including_the_first_end() -> None:

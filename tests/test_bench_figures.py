@@ -212,6 +212,14 @@ def test_a_change_within_the_noise_is_called_so(tmp_path: Path) -> None:
         ("costs $1,234,567.", "1234567"),
         ("none", None),
         ("about .5", "0.5"),
+        ("He owes -$12.50.", "-12.50"),
+        ("so \u22125, or 10-5", "5"),
+        ("the set 1,2,3", "3"),
+        ("so 1/2.", "0.5"),
+        ("on 3/4/2020 it fell to 2.5", "2.5"),
+        ("that is 3e5 metres", "300000"),
+        ("**12.**", "12"),
+        ("it grows to 1e99999999", "99999999"),
     ],
 )
 def test_the_final_number_of_an_answer(text: str, number: str | None) -> None:
@@ -229,6 +237,10 @@ def test_an_equal_score_does_not_hide_other_answers() -> None:
     scores = {s["method"]: s for s in scored(questions, rows, lambda tokens: f"It is {tokens[0]}.")}
     assert [scores[name]["right"] for name in told] == [1, 1, 1]
     assert [scores[name]["same_answers"] for name in told] == [2, 0, 2]
+    warm = [replace(r, temperature=1.0, token_ids=[8]) for r in rows if r.method == PLAIN]
+    warm += [replace(r, method="warm") for r in warm]
+    told_apart = [(s["method"], s["temperature"], s["same_answers"]) for s in scored(questions, [*rows, *warm], str)]
+    assert told_apart == [(PLAIN, 0, 2), ("other", 0, 0), ("same", 0, 2), (PLAIN, 1, 2), ("warm", 1, 2)]
     with pytest.raises(ValueError, match="no question has a reference with a number"):
         with_numbers([Question("1", "qa", ("?",), references=("blue",))])
 
@@ -258,8 +270,11 @@ def test_a_footprint_tells_what_is_held_and_the_peak() -> None:
     assert len(kept)
 
 
-def test_provenance_and_the_work_of_others_can_be_told() -> None:
+def test_provenance_and_the_work_of_others_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OtherWork().look() >= 0
+    counted = iter([0.0, 1e6])
+    monkeypatch.setattr(OtherWork, "_seconds", lambda self: next(counted))
+    assert OtherWork().look() == psutil.cpu_count()
     told = provenance()
     assert {"torch", "transformers", "s4c"} <= told["versions"].keys()
     assert told["machine"]["cores"] >= 1

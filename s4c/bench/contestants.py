@@ -1,9 +1,9 @@
 """Who answers: the contract that the methods of this engine and its peers fulfil alike.
 
 A method is written as `NAME[@OPTION...]`: a drafter as `s4c.LLM` takes it (`plain` is another name for `none`), then a
-tree, a rule or a temperature of its own, in any order:
+tree, a rule or a temperature of its own, in any order; several stand with commas between:
 
-    ngram    auto@best:24    shipped@comb:4@rule=rejection@temperature=0.8
+    ngram    auto@best:24    shipped@comb:4@rule=rejection@temperature=0.8    auto,draft-model=DIRECTORY,stop=0.2,ngram
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from s4c.bench.machine import Footprint
+from s4c.drafters import METHODS
 from s4c.engine.llm import LLM
 from s4c.engine.sequence import Generation
 from s4c.types import SamplingParams
@@ -104,13 +105,11 @@ class Method(Contestant):
     own = True
 
     def __init__(self, llm: LLM, spec: str, rule: str = "coupled", target_bytes: int = 0) -> None:
-        self.name = canonical(spec)
+        self.name = canonical(spec, rule)
         drafter, *options = self.name.split("@")
-        self.tree, self.rule = "auto", rule
+        self.tree, self.rule = "auto", "coupled"
         for option in options:
             self._set(option)
-        if self.rule != "coupled" and "@rule=" not in self.name:
-            self.name += f"@rule={self.rule}"
         self.name += title(self.rule).removeprefix(self.rule)  # a lossy one is marked
         self.footprint = Footprint(target_bytes)
         with self.footprint.watch():
@@ -164,10 +163,23 @@ class Method(Contestant):
         return self.rule == "coupled" or temperature == 0
 
 
-def canonical(spec: str) -> str:
-    """The name under which a method's rows stand."""
+def canonical(spec: str, rule: str = "coupled") -> str:
+    """The name under which a method's rows stand: as it is written, with the rule of the run where it names none."""
     name, at, options = spec.strip().partition("@")
-    return (PLAIN if name == "none" else name) + at + options
+    name = (PLAIN if name == "none" else name) + at + options
+    return name if rule == "coupled" or name == PLAIN or "@rule=" in name else f"{name}@rule={rule}"
+
+
+def split_methods(text: str) -> list[str]:
+    """Methods with commas between; what a drafter's own form has behind a comma, as `stop=0.2`, stays with it."""
+    specs: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, equals, _ = part.partition("=")
+        if specs and equals and any(f",{key}=" in method.form for method in METHODS.values()):
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    return specs
 
 
 def counted(reply: Reply, eos_token_ids: Sequence[int], most: int) -> Reply:

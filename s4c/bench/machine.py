@@ -30,7 +30,7 @@ class OtherWork:
 
     The CPU time of all processes of the machine less that of this one and its helpers, over the wall time. Time that a
     hypervisor took away counts as others' work. Ticks are 10 ms, so a span of a second is told to a few hundredths of a
-    core.
+    core, and one of a millisecond hardly: never more than all cores are told.
 
     Args:
         helpers: ids of processes that work for this one.
@@ -45,7 +45,7 @@ class OtherWork:
         at, others = time.perf_counter(), self._seconds()
         cores = max(0.0, others - self._others) / max(at - self._at, 1e-9)
         self._at, self._others = at, others
-        return cores
+        return float(min(cores, psutil.cpu_count()))
 
     def _seconds(self) -> float:
         times = psutil.cpu_times()

@@ -47,8 +47,9 @@ Limit = Annotated[int | None, typer.Option(help="Take no more than the first N o
 Methods = Annotated[
     str,
     typer.Option(
-        help="Drafters with commas between, each perhaps with options behind @: auto,ngram,auto@comb:4,"
-        "shipped@best:24@rule=rejection@temperature=1. Plain decoding always runs."
+        help="Drafters with commas between (auto,ngram), each perhaps with options behind @: auto@comb:4, "
+        "ngram@temperature=1, shipped@best:24@rule=rejection. A drafter keeps a comma of its own: "
+        "draft-model=M,stop=0.2 is one. Plain decoding always runs."
     ),
 ]
 
@@ -230,9 +231,9 @@ def chosen(
 
 def build_methods(llm: LLM, methods: str, rule: str = "coupled", target_bytes: int = 0) -> list[Contestant]:
     """Plain decoding and the methods; all of them decode on the same target."""
-    from s4c.bench.contestants import PLAIN, Method, canonical
+    from s4c.bench.contestants import PLAIN, Method, canonical, split_methods
 
-    names = dict.fromkeys(canonical(spec) for spec in _split(methods))
+    names = dict.fromkeys(canonical(spec, rule) for spec in split_methods(methods))
     if not names:
         raise ValueError(f"--methods is {methods!r}; name at least one, or plain")
     plain = Method(llm, PLAIN, "coupled", target_bytes)

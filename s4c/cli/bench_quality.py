@@ -39,6 +39,7 @@ def quality(
 
     options.start()
     from s4c.bench.quality import scored, with_numbers
+    from s4c.bench.report import label
     from s4c.bench.run import Bench
     from s4c.types import SamplingParams
 
@@ -58,14 +59,14 @@ def quality(
         typer.echo(json.dumps(scores))
     else:
         console = options.console()
-        table = Table("method", "answers", "right", "score", "same answers as plain")
+        table = Table("method", "temp.", "answers", "right", "score", "same answers as plain")
         for score in scores:
             share = score["right"] / score["answers"] if score["answers"] else 0.0
             cells = [str(score["answers"]), str(score["right"]), f"{share:.1%}", str(score["same_answers"])]
-            table.add_row(score["method"], *cells)
+            table.add_row(*label(score), *cells)
         console.print(table)
         for score in scores:
             for line in score["unlike"]:
-                console.print(f"{score['method']}, {line}", markup=False, soft_wrap=True)
+                console.print(", temperature ".join(label(score)) + f", {line}", markup=False, soft_wrap=True)
     if any(row.error is not None or row.equal.startswith("different") for row in rows):
         raise typer.Exit(1)
