@@ -577,3 +577,23 @@ def test_settings_of_a_method_are_checked_by_type() -> None:
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             parse_settings(method, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("s4c", "head_dim=7", "head_dim is 7; it must be even"),
+        ("s4c", "head_dim=0", "head_dim is 0; it must be at least 2"),
+        ("s4c", "intermediate=-1", "intermediate is -1; it must be at least 0"),
+        ("s4c", "draft_vocab=-1", "draft_vocab is -1"),
+        ("s4c", "depth=-1", "depth is -1"),
+        ("s4c", "rope_theta=nan", "rope_theta is nan; it must be at least 1"),
+        ("medusa", "draft_vocab=-1", "draft_vocab is -1"),
+        ("draft-model", "intermediate=-1", "intermediate is -1"),
+        ("draft-model", "draft_vocab=-1", "draft_vocab is -1"),
+        ("draft-model", "rope_theta=0", "rope_theta is 0.0"),
+    ],
+)
+def test_sizes_that_no_drafter_has_are_refused(method: str, setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_settings(trained_method(method), [setting])

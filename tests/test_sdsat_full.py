@@ -350,7 +350,7 @@ def test_wrong_options() -> None:
     assert parse_settings(line, ["rank=0", "standard=0.5"]) == FullConfig(standard=0.5)
     for setting, message in {
         "rank=4": "rank is 4; full fine-tuning has no low-rank terms: leave rank out, or give 0",
-        "standard=-1": "standard is -1.0; it must be a finite weight of at least 0",
+        "standard=-1": "standard is -1.0; it must be at least 0",
         "standard=inf": "standard is inf",
         "tokens=2": "from 3 to 13",
         "heads=2": "is no setting of sdsat; give KEY=VALUE, of: tokens=5, rank=0, groups=32, fused=1, standard=1.0",

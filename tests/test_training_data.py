@@ -138,6 +138,10 @@ def test_frequent_tokens(answers: list[list[int]], size: int) -> None:
     assert found == sorted([9, 4, *ranked[: size - 2]])
 
 
+def test_an_end_that_the_vocabulary_lacks_takes_no_place() -> None:
+    assert frequent_tokens([row((0,), (7, 7, 3))], 2, 10, always=(5, 10, -1)).tolist() == [5, 7]
+
+
 @pytest.mark.parametrize("size", [0, 1, 11])
 def test_frequent_tokens_of_impossible_size(size: int) -> None:
     with pytest.raises(ValueError, match="must have 2 to 10"):

@@ -9,6 +9,7 @@ does. The engine calls, for each round,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,6 +217,18 @@ class DraftModel(nn.Module, ABC):
     @abstractmethod
     def drafter(self, target: Target, dtype: torch.dtype | None = None) -> Drafter:
         """A drafter that runs on a copy of the present weights, in the target's dtype unless one is given."""
+
+
+def check_least(config: Any, **least: float) -> None:
+    """See that settings of a configuration are finite and no smaller than the numbers given by their names.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not bound <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {bound}")
 
 
 def drafting_dtype(target: Target) -> torch.dtype:

@@ -31,6 +31,7 @@ from s4c.drafters.base import (
     Prediction,
     Sequences,
     TrainingBatch,
+    check_least,
     drafting_dtype,
     extend,
     finish,
@@ -75,9 +76,7 @@ class DraftModelConfig:
     stop: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, layers=1, width=1, heads=1, depth=1, rope_theta=1, draft_vocab=0, intermediate=0)
         if self.width % (2 * self.heads):
             raise ValueError(f"width is {self.width}; it must be a multiple of twice the {self.heads} heads")
         _check_stop(self.stop)

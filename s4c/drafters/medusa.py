@@ -25,6 +25,7 @@ from s4c.drafters.base import (
     Prediction,
     Sequences,
     TrainingBatch,
+    check_least,
     drafting_dtype,
     extend,
     finish,
@@ -56,9 +57,7 @@ class MedusaConfig:
     lm_head: str = "tied"
 
     def __post_init__(self) -> None:
-        for name in ("heads", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, heads=1, layers=1, draft_vocab=0)
         if self.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
 

@@ -21,7 +21,6 @@ costs one call per level, and nothing is computed twice.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from s4c.drafters.base import (
     Prediction,
     Sequences,
     TrainingBatch,
+    check_least,
     drafting_dtype,
     extend,
     finish,
@@ -103,13 +103,10 @@ class S4CConfig:
     window: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("heads", "layers", "rank", "head_dim", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.context_vocab < 0:
-            raise ValueError(f"context_vocab is {self.context_vocab}; it must be 0 (none) or more")
-        if not 0 <= self.echo < math.inf:
-            raise ValueError(f"echo is {self.echo}; it must be 0 (none) or more")
+        check_least(self, heads=1, layers=1, rank=1, head_dim=2, window=1, rope_theta=1)
+        check_least(self, draft_vocab=0, context_vocab=0, echo=0, intermediate=0, depth=0)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; it must be even, for rotary angles turn pairs of numbers")
         if self.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head is {self.lm_head!r}; it must be one of {', '.join(LM_HEADS)}")
         try:

@@ -23,7 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s4c.drafters.base import Drafter, DraftModel, Method, Prediction, Sequences, TrainingBatch, extend, finish
+from s4c.drafters.base import (
+    Drafter,
+    DraftModel,
+    Method,
+    Prediction,
+    Sequences,
+    TrainingBatch,
+    check_least,
+    extend,
+    finish,
+)
 from s4c.errors import UnsupportedModel
 from s4c.models.adapter import PRODUCTS, Adapter, LowRank, RowTerm
 from s4c.models.base import Target
@@ -58,9 +68,7 @@ class SDSATConfig:
     def __post_init__(self) -> None:
         if not FEWEST_TOKENS <= self.tokens <= MOST_TOKENS:
             raise ValueError(f"tokens is {self.tokens}; it must be from {FEWEST_TOKENS} to {MOST_TOKENS}")
-        for name, least in (("rank", 0), ("groups", 1), ("fused", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_least(self, rank=0, groups=1, fused=0)
 
 
 class SDSATModel(DraftModel):

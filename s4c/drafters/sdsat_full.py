@@ -16,13 +16,12 @@ becoming easier to guess. The fixed law is another pull back to the target inste
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from s4c.drafters.base import DraftModel, Method, Prediction, Served, TrainingBatch
+from s4c.drafters.base import DraftModel, Method, Prediction, Served, TrainingBatch, check_least
 from s4c.drafters.sdsat import SDSATConfig, SDSATDrafter, SDSATModel
 from s4c.models.base import Target
 from s4c.models.llama import OpenModel
@@ -45,8 +44,7 @@ class FullConfig(SDSATConfig):
         super().__post_init__()
         if self.rank:
             raise ValueError(f"rank is {self.rank}; full fine-tuning has no low-rank terms: leave rank out, or give 0")
-        if not 0 <= self.standard < math.inf:
-            raise ValueError(f"standard is {self.standard}; it must be a finite weight of at least 0")
+        check_least(self, standard=0)
 
 
 class FullModel(SDSATModel):

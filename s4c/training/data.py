@@ -111,8 +111,10 @@ def frequent_tokens(rows: Iterable[Row], size: int, vocab_size: int, always: Seq
         rows: whose answers are counted.
         size: V', from 1 to vocab_size.
         vocab_size: V.
-        always: tokens that are in whatever their count, the end-of-sequence tokens for instance.
+        always: tokens that are in whatever their count, the end-of-sequence tokens for instance; those past the
+            vocabulary, which a model may name and can never write, are not.
     """
+    always = [token for token in always if 0 <= token < vocab_size]
     least = max(1, len(set(always)))
     if not least <= size <= vocab_size:
         raise ValueError(f"a draft vocabulary of {size} tokens was asked for; it must have {least} to {vocab_size}")
