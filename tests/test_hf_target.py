@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from s4c.errors import UnsupportedModel
 from s4c.models import hf
-from s4c.models.base import TargetSpec
+from s4c.models.base import TargetSpec, soft_capped
 from s4c.models.hf import HFTarget
 from s4c.types import DraftTree, Verdict
 from s4c.verify import tree as trees
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma", "gemma2"]
+FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma", "gemma2", "cohere", "granite"]
 PROMPT = [5, 9, 33, 2, 17, 60]
 PARENTS = [-1, 0, 0, 1, 2, 1, 3, 3, 4]
 SPEC = TargetSpec("tiny", "0" * 32, tiny_models.VOCAB, tiny_models.HIDDEN, tiny_models.CONTEXT, (1,))
@@ -112,9 +112,9 @@ def test_features_are_what_the_head_reads(pair: tuple[HFTarget, Any]) -> None:
     features = target.prefill(0, torch.tensor(PROMPT))
     with torch.no_grad():
         logits = oracle(torch.tensor([PROMPT])).logits[0]
-    raw = features @ target.head_weight().T
-    cap = getattr(oracle.config, "final_logit_softcapping", None)
-    assert close(raw if cap is None else cap * torch.tanh(raw / cap), logits)
+    assert target.softcap == pytest.approx(getattr(oracle.config, "final_logit_softcapping", 0.0))
+    assert close(soft_capped(features @ target.head_weight().T, target.softcap), logits)
+    assert target.readable
     assert torch.equal(target.head_weight(torch.tensor([3, 1])), target.head_weight()[[3, 1]])
     root = target.verify(trees.root_only([4])).features
     assert root.shape == (1, 1, tiny_models.HIDDEN)
@@ -184,11 +184,16 @@ def test_the_final_norm_is_what_it_multiplies_by() -> None:
     assert HFTarget(tiny_models.tiny("gpt2"), SPEC).final_norm_weight() is None
 
 
+def test_a_head_with_a_bias_is_more_than_its_rows() -> None:
+    assert not HFTarget(tiny_models.tiny("phi"), SPEC).readable
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     directory = tiny_models.save(tmp_path, "llama")
     target = HFTarget.from_directory(directory, SPEC, dtype, torch.device("cpu"))
     assert target.dtype == target.embedding_weight().dtype == dtype
+    assert target.readable
     target.reserve(1, 16)
     assert target.prefill(0, torch.tensor(PROMPT)).dtype == dtype
     logits = target.verify(tree_of([-1, 0, 0])).logits[0]

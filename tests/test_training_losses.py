@@ -257,10 +257,12 @@ def test_a_head_that_looks_past_every_row_costs_nothing() -> None:
     assert (terms.lm.item(), terms.teacher.item(), terms.smooth.item()) == (0.0, 0.0, 0.0)
 
 
-def test_the_law_is_the_targets_given_the_draft_vocabulary() -> None:
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_the_law_is_the_targets_given_the_draft_vocabulary(cap: float) -> None:
     target, batch = TinyTarget(), random_batch()
-    lesson = Lesson.of(batch, IDS, target.head_weight(IDS))
-    whole = (lesson.feature @ target.head_weight().T).softmax(-1)[:, IDS]
+    lesson = Lesson.of(batch, IDS, target.head_weight(IDS), softcap=cap)
+    logits = lesson.feature @ target.head_weight().T
+    whole = (cap * (logits / cap).tanh() if cap else logits).softmax(-1)[:, IDS]
     torch.testing.assert_close(lesson.law, whole / whole.sum(-1, keepdim=True))
 
 

@@ -18,6 +18,7 @@ from tiny_training import VOCAB, TinyConfig, TinyModel, TinyTarget, tiny_model, 
 from s4c.drafters.base import Prediction, TrainingBatch
 from s4c.drafters.checkpoint import fill, read_tensors
 from s4c.drafters.s4c import S4CConfig, S4CModel
+from s4c.errors import UnsupportedModel
 from s4c.training.checkpoint import exclusive, latest
 from s4c.training.data import Row, batch_order, collate, split
 from s4c.training.losses import CompositeLoss
@@ -334,6 +335,19 @@ def test_a_method_without_an_echo_cannot_be_taught_with_one(tmp_path: Path) -> N
     rows = tiny_rows(target, 4)
     with pytest.raises(ValueError, match="this tiny has none; leave it away"):
         Trainer(target, "tiny", tiny_model(target), rows, rows, replace(CONFIG, echo_loss=True), tmp_path)
+
+
+def test_the_law_that_is_taught_is_the_targets_or_none(tmp_path: Path) -> None:
+    target, train, held = rows_and_target()
+    target.softcap = 2.0
+    model = tiny_model(target)
+    trainer = Trainer(target, "tiny", model, train, held, CONFIG, tmp_path)
+    batch = collate([train[0]], [target.prefill(0, torch.tensor(train[0].tokens))], target.device)
+    loss = CompositeLoss(model, target.head_weight(), CONFIG.weights, softcap=2.0)
+    assert trainer.loss(batch)[0].item() == loss(batch)[0].item()
+    target.readable = False
+    with pytest.raises(UnsupportedModel, match="would learn another law"):
+        Trainer(target, "tiny", model, train, held, CONFIG, tmp_path)
 
 
 def test_no_rows(tmp_path: Path) -> None:

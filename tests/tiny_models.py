@@ -45,6 +45,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
     "gemma": ("Gemma", {**_LLAMA, "head_dim": 8}),
+    "cohere": ("Cohere", {**_LLAMA, "logit_scale": 0.3}),
+    "granite": ("Granite", {**_LLAMA, "logits_scaling": 3.0}),
+    "phi": ("Phi", {**_NEOX, "partial_rotary_factor": 0.5}),
     "gemma2": ("Gemma2", {**_LLAMA, "head_dim": 8, "sliding_window": CONTEXT, "query_pre_attn_scalar": 8}),
 }
 """Name to the transformers prefix and the arguments of its configuration. Llama 3's rope scaling is "llama3"."""

@@ -41,6 +41,11 @@ class TargetSpec:
     eos_token_ids: tuple[int, ...]
 
 
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """Logits of any shape bent into the range from -cap to cap; 0 leaves them as they are."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 class Target(ABC):
     """A causal language model that verifies draft trees."""
 
@@ -58,6 +63,12 @@ class Target(ABC):
 
     layers: int
     """Its decoder layers."""
+
+    softcap: float = 0.0
+    """Its logits are what `head_weight` makes of its features, `soft_capped` by this; 0 leaves them as they are."""
+
+    readable: bool = True
+    """Whether that is all that it does to come to its logits, so that training can have its law from its features."""
 
     @abstractmethod
     def reserve(self, slots: int, length: int) -> None:
@@ -119,7 +130,10 @@ class Target(ABC):
 
     @abstractmethod
     def head_weight(self, rows: Tensor | None = None) -> Tensor:
-        """[R, d], the rows (all of them: None) of the LM head, in the target's dtype."""
+        """[R, d], the rows (all of them: None) of the LM head, in the target's dtype.
+
+        Where the model scales what its head says, the rows are scaled.
+        """
 
     @abstractmethod
     def final_norm_weight(self) -> Tensor | None:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
-from s4c.models.base import Target, TargetSpec
+from s4c.models.base import Target, TargetSpec, soft_capped
 from s4c.models.builtin import quiet_transformers
 from s4c.models.sampling import judge_kernel
 from s4c.types import DraftTree, TargetOutput, Verdict
@@ -32,6 +33,9 @@ PREFILL_CHUNK = 512
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
 """How far the logits of a tree may be from those of plain passes: mean difference over standard deviation."""
+
+HEAD_TEXT, SMALL, LARGE = (0, 1), 2.0**-10, 2.0**15
+"""What is read, and the outputs that are put in place of the LM head's, to see what becomes of them."""
 
 CHECKED_TREE = (-1, 0, 0, 1, 2, 1)
 """Parents of the tree of the check: siblings of the root's and of a node's, nodes between parent and child."""
@@ -76,6 +80,7 @@ class HFTarget(Target):
         self._head.register_forward_pre_hook(self._before_head)
         self._features: Tensor | None = None
         self._want_logits = True
+        self._scale = 1.0
         vocab_size, hidden_size = self.head_weight().shape
         self.spec = replace(spec, vocab_size=vocab_size, hidden_size=hidden_size)
         self.device = model.device
@@ -85,6 +90,7 @@ class HFTarget(Target):
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         self._slots: list[_Slot] = []
         self._check()
+        self._read_head()
 
     @classmethod
     def from_directory(cls, directory: Path, spec: TargetSpec, dtype: torch.dtype, device: torch.device) -> HFTarget:
@@ -167,7 +173,8 @@ class HFTarget(Target):
     def head_weight(self, rows: Tensor | None = None) -> Tensor:
         weight = self._head.weight
         assert isinstance(weight, Tensor)
-        return weight if rows is None else weight[rows]
+        weight = weight if rows is None else weight[rows]
+        return weight if self._scale == 1 else self._scale * weight
 
     def final_norm_weight(self) -> Tensor | None:
         base = self._model.base_model
@@ -261,14 +268,39 @@ class HFTarget(Target):
         return max(errors)
 
     def _distance(self, logits: Tensor, text: Sequence[int]) -> float:
-        """Mean distance from the logits that a plain pass gives after a text, over their standard deviation.
+        """`_apart` from the logits that a plain pass gives after a text."""
+        return _apart(logits, self._plain_pass(text)[0][-1])
 
-        A difference that is not a number is infinite.
-        """
+    def _plain_pass(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor(text, device=self.device)
-        expected = self._pass(tokens, torch.arange(len(text), device=self.device), None, None)[0][-1]
-        distance = float((logits - expected).abs().mean() / expected.std())
-        return math.inf if math.isnan(distance) else distance
+        return self._pass(tokens, torch.arange(len(text), device=self.device), None, None)
+
+    def _read_head(self) -> None:
+        """Find out what the model makes of its LM head's outputs: it may scale them, and bend them towards a cap.
+
+        Families name this differently or do it without a name, so the model is asked: what do a small and a large
+        output become? Whether there is more to it (a bias, say) its own logits tell.
+        """
+        self._scale = self._after_head(SMALL) / SMALL
+        most = self._after_head(LARGE)
+        self.softcap = most if most < 0.5 * self._scale * LARGE else 0.0
+        logits, features = self._plain_pass(HEAD_TEXT)
+        made = soft_capped(F.linear(features, self.head_weight()).float(), self.softcap)
+        self.readable = _apart(made, logits) <= TOLERANCE[self.dtype]
+
+    def _after_head(self, output: float) -> float:
+        """The logit that an output of the LM head becomes."""
+        hook = self._head.register_forward_hook(lambda module, arguments, given: torch.full_like(given, output))
+        try:
+            return float(self._plain_pass(HEAD_TEXT)[0][0, 0])
+        finally:
+            hook.remove()
+
+
+def _apart(logits: Tensor, expected: Tensor) -> float:
+    """Mean distance of logits from those expected, over their standard deviation; infinite where that is no number."""
+    distance = float((logits - expected).abs().mean() / expected.std())
+    return math.inf if math.isnan(distance) else distance
 
 
 def _head_of(model: Any, name: str) -> nn.Module:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from s4c.drafters.base import DraftModel, Prediction, TrainingBatch
 from s4c.drafters.echo import heard
+from s4c.models.base import soft_capped
 
 HeadRows = Callable[[Tensor], Tensor]
 """Tokens [E] int64 to the rows [E, d] of the target's LM head."""
@@ -108,6 +109,7 @@ class Lesson:
         most: int = 0,
         beyond: HeadRows | None = None,
         echo: float = 0.0,
+        softcap: float = 0.0,
     ) -> Lesson:
         """Compute once for a batch what all heads are taught.
 
@@ -119,6 +121,7 @@ class Lesson:
             most: S, how many tokens of the draft vocabulary to look at; 0 for all of them.
             beyond: gives the LM head's rows of tokens, to look at those of the text that the draft vocabulary lacks.
             echo: how loud the text is beside the law that is taught; 0 where that is the heads' own.
+            softcap: of the target.
         """
         counts = answered(batch)
         if wanted is not None:
@@ -132,7 +135,7 @@ class Lesson:
             further = beyond(unknown).detach().to(head.dtype)
             column = torch.where(column < 0, _shifted(columns_of(tokens, unknown), len(token_ids)), column)
             head, looked = torch.cat([head, further]), torch.cat([token_ids, unknown])
-        law = F.linear(feature.to(head.dtype), head).float().softmax(-1)
+        law = soft_capped(F.linear(feature.to(head.dtype), head).float(), softcap).softmax(-1)
         if not 0 < most < len(token_ids) or not len(row):
             said = _heard(batch, row, position, looked, echo) if echo else None
             return cls(row, position, column, law, feature, None, further, said)
@@ -364,6 +367,7 @@ class CompositeLoss(nn.Module):
         most: tokens of the draft vocabulary to look at in a step; 0 for all of them.
         beyond: gives rows of the target's LM head, for a model that may draft tokens beyond its vocabulary; else None.
         echo: how loud the text is beside the law that is taught; 0 where that is the heads' own.
+        softcap: of the target.
     """
 
     head: Tensor
@@ -377,6 +381,7 @@ class CompositeLoss(nn.Module):
         most: int = 0,
         beyond: HeadRows | None = None,
         echo: float = 0.0,
+        softcap: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -385,6 +390,7 @@ class CompositeLoss(nn.Module):
         self.most = most
         self.beyond = beyond
         self.echo = echo
+        self.softcap = softcap
         self.register_buffer("head", head, persistent=False)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -392,7 +398,16 @@ class CompositeLoss(nn.Module):
         with casting(self.head.device, self.autocast):
             predictions = self.model.predictions(batch)
         heads = [prediction for prediction in predictions if prediction.weight is None]
-        lesson = Lesson.of(batch, self.model.token_ids, self.head, wanted_by(heads), self.most, self.beyond, self.echo)
+        lesson = Lesson.of(
+            batch,
+            self.model.token_ids,
+            self.head,
+            wanted_by(heads),
+            self.most,
+            self.beyond,
+            self.echo,
+            self.softcap,
+        )
         losses = self._head_losses(heads, lesson)
         depth = torch.tensor([self.weights.depth**i for i in range(len(losses))], device=self.head.device)
         loss = torch.dot(torch.stack([head.weighted(self.weights) for head in losses]), shares(depth))

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from s4c.drafters.base import DraftModel, Served, TrainingBatch
 from s4c.drafters.checkpoint import TARGET, save_checkpoint
+from s4c.errors import UnsupportedModel
 from s4c.models.base import Target
 from s4c.training.checkpoint import exclusive, latest, load_state, read_facts, save_state
 from s4c.training.data import Row, batch_order, collate, summary
@@ -190,6 +191,7 @@ class Trainer:
         provenance: more facts for the model card (command, data files).
 
     Raises:
+        UnsupportedModel: the target's law cannot be had from its features.
         ValueError: no rows; the folder holds a run already, or none to resume, or one with other settings.
     """
 
@@ -209,6 +211,11 @@ class Trainer:
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on; every prompt is held out or longer than max_length")
+        if not target.readable:
+            raise UnsupportedModel(
+                f"{target.spec.name} comes to its logits by more than its LM head, a scale and a cap (it adds a bias, "
+                "say), so a drafter would learn another law than it has; use one that needs no training (ngram)"
+            )
         if config.echo_loss and not model.echo:
             raise ValueError(f"echo_loss is of a drafter with an echo, and this {method} has none; leave it away")
         self.accelerator = Accelerator(cpu=target.device.type == "cpu")
@@ -230,6 +237,7 @@ class Trainer:
             config.step_vocab,
             target.head_weight if model.beyond else None,
             model.echo if config.echo_loss else 0.0,
+            target.softcap,
         )
         self.optimizer = _optimizer(model, config)
         greedy = [row for row in held if row.temperature == 0]
