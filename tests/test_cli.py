@@ -482,6 +482,24 @@ def test_training_finds_what_the_target_thought_while_it_wrote(target: str, tmp_
     assert "leave --drafter ngram out" in refused
 
 
+def test_a_distillation_whose_requests_fail_says_why(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LLM.complete
+
+    def failing(self: LLM, prompts: Any, params: Any) -> Any:
+        for index, generation in whole(self, prompts, params):
+            yield index, replace(generation, error=None if index else "the logits are NaN")
+
+    monkeypatch.setattr(LLM, "complete", failing)
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "text.jsonl"
+    prompts.write_text("one\ntwo\n")
+    args = ("--prompts", prompts, "--out", out, "--max-new-tokens", 4, "--threads", 1)
+    said = run("distill", "--target", target, *args, code=1).stderr
+    assert "holds 1 rows, 1 of them new" in said
+    assert "1 requests failed and gave no row, such as: the logits are NaN" in said
+
+
 def test_a_distillation_that_is_interrupted_says_how_to_go_on(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

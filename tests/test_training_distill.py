@@ -2,8 +2,10 @@
 
 import json
 import random
+import resource
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,40 @@ def test_a_target_that_never_ends_a_prompt(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="wrote no new usable prompt in 512 tries"):
         distill_self(FRAME, 5, [END], babbles, tmp_path / "rows.jsonl", CONFIG)
+
+
+def test_a_request_that_failed_is_told_and_asked_again(tmp_path: Path) -> None:
+    engine, out = Engine(), tmp_path / "rows.jsonl"
+
+    def fails(prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int] | str]]:
+        yield from (
+            (i, "the logits are NaN" if prompts[i][2] == 3 else answer) for i, answer in engine(prompts, params)
+        )
+
+    result = distill(PROMPTS, fails, out, CONFIG)
+    assert (result.rows, result.failures) == (19, ["the logits are NaN"])
+    assert distill(PROMPTS, engine, out, CONFIG).new_rows == 1
+
+
+def test_a_target_that_answers_none_of_its_prompts(tmp_path: Path) -> None:
+    engine = Engine()
+
+    def writes(prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int] | str]]:
+        writing = prompts[0] == list(FRAME.before)
+        yield from ((i, answer if writing else "the logits are NaN") for i, answer in engine(prompts, params))
+
+    with pytest.raises(ValueError, match=r"give a file of prompts; \d+ requests failed, such as: the logits are NaN"):
+        distill_self(FRAME, 5, [END], writes, tmp_path / "rows.jsonl", CONFIG)
+
+
+def test_a_full_disk_is_named_with_what_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    distill([replace(prompt, source="x" * 100_000) for prompt in PROMPTS[:3]], Engine(), out, CONFIG)
+    before, limits = out.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"rows\.jsonl cannot be written .*; its 3 rows are whole"):
+            distill(PROMPTS, Engine(), out, CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_text().startswith(before)

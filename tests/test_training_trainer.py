@@ -185,11 +185,19 @@ def test_a_full_disk_leaves_the_last_step_whole(tmp_path: Path, monkeypatch: pyt
             raise OSError(28, "No space left on device")
         return write_bytes(path, data)
 
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(Path, "write_bytes", until_full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
     with pytest.raises(OSError, match=r"step-00000006 could not be written .*No space left"):
         run(tmp_path)
-    monkeypatch.undo()
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     assert [p.name for p in (tmp_path / "steps").iterdir()] == ["step-00000003"]
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written .*No space left.*; saved steps are whole"):
+        run(tmp_path, resume=True)
+    monkeypatch.undo()
     assert run(tmp_path, resume=True).standing.step == 10
 
 

@@ -7,6 +7,7 @@ s4c distill --count 2000 --out text.jsonl          # the target writes the promp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,6 @@ from s4c.cli import options
 if TYPE_CHECKING:
     from s4c.engine.llm import LLM
     from s4c.training.distill import DistillConfig, DistillResult, Generate, TokenPrompt
-    from s4c.training.features import Recording
     from s4c.types import SamplingParams
 
 
@@ -74,35 +74,41 @@ def distill(
     texts = None if prompts is None else read_prompts(prompts)[:count]
     llm = options.load(target, drafter, how, max_batch=batch)
     config = replace(config, max_prompt_tokens=min(max_prompt_tokens, llm.target.spec.context_length - 1))
-    recording = None if features is None else _record(llm, features)
     try:
-        if texts is None:
-            assert count is not None
-            result = _without_prompts(llm, count, out, config)
-        else:
-            with options.spinner("reading the prompts"):
-                tokens = [tokenise(llm, list(p.messages), p.source) for p in texts]
-            result = _with_prompts(llm, tokens, out, config)
+        with nullcontext() if features is None else _recording(llm, features):
+            if texts is None:
+                assert count is not None
+                result = _without_prompts(llm, count, out, config)
+            else:
+                with options.spinner("reading the prompts"):
+                    tokens = [tokenise(llm, list(p.messages), p.source) for p in texts]
+                result = _with_prompts(llm, tokens, out, config)
     except KeyboardInterrupt:
         typer.echo(f"s4c: stopped; the rows in {out} are whole, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-    finally:
-        if recording is not None:
-            recording.close()
     left_out = f", {result.too_long} prompts were too long" if result.too_long else ""
     typer.echo(
         f"s4c: {out} holds {result.rows} rows, {result.new_rows} of them new ({result.new_tokens} tokens){left_out}",
         err=True,
     )
+    if result.failures:
+        typer.echo(
+            f"s4c: {len(result.failures)} requests failed and gave no row, such as: {result.failures[0]}. The same "
+            "command asks again for rows that are missing",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
-def _record(llm: LLM, folder: Path) -> Recording:
-    """Let the engine keep the target's features in a store."""
+@contextmanager
+def _recording(llm: LLM, folder: Path) -> Iterator[None]:
+    """Let the engine keep the target's features in a store; a failure costs the latest, which training adds."""
     from s4c.training.features import FeatureStore, Recording
 
     recording = Recording(FeatureStore(folder, llm.target))
     llm.use(recording)
-    return recording
+    yield
+    recording.close()
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
@@ -140,10 +146,10 @@ def tokenise(llm: LLM, chat: list[dict[str, str]], source: str) -> TokenPrompt:
 
 
 def _generator(llm: LLM) -> Generate:
-    """The engine as distillation asks for it; a request that failed gives no tokens."""
+    """The engine as distillation asks for it."""
 
-    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int]]]:
+    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int] | str]]:
         for index, generation in llm.complete(prompts, params):
-            yield index, [] if generation.error else generation.token_ids
+            yield index, generation.error or generation.token_ids
 
     return generate

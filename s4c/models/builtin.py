@@ -104,7 +104,7 @@ def gguf_directory(gguf: Path) -> Path:
     Raises:
         UnsupportedModel: transformers cannot read this architecture or quantisation.
         CorruptCheckpoint: the file is truncated or no GGUF.
-        ValueError: the cache folder cannot be written.
+        ValueError: the file cannot be read, or the cache folder not written.
     """
     state = gguf.stat()
     identity = hashlib.sha256(f"{gguf.resolve()}\n{state.st_size}\n{state.st_mtime_ns}".encode()).hexdigest()[:12]
@@ -214,12 +214,18 @@ def convert(gguf: Path, directory: Path) -> None:
 
     Raises:
         UnsupportedModel, CorruptCheckpoint: as `gguf_directory`.
+        ValueError: the file cannot be read.
+        OSError: the directory cannot be written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CorruptCheckpoint(f"{gguf} is no GGUF file: it does not begin with GGUF")
+    try:
+        with gguf.open("rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        raise ValueError(f"{gguf} cannot be read: {error.strerror}") from error
+    if begins != b"GGUF":
+        raise CorruptCheckpoint(f"{gguf} is no GGUF file: it does not begin with GGUF")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -241,8 +247,13 @@ def convert(gguf: Path, directory: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.generation_config = loaded.generation_config
-        model.save_pretrained(directory, max_shard_size="100MB")
-        tokenizer.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory, max_shard_size="100MB")
+            tokenizer.save_pretrained(directory)
+        except MemoryError:
+            raise
+        except Exception as error:  # a full disk has a class of its own in safetensors, and none in tokenizers
+            raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from s4c.training.checkpoint import exclusive
 from s4c.types import SamplingParams
 
-Generate = Callable[[list[list[int]], list[SamplingParams]], Iterator[tuple[int, list[int]]]]
-"""Prompts and their parameters in; (index, answer token ids) out, as they are finished, in any order."""
+Generate = Callable[[list[list[int]], list[SamplingParams]], Iterator[tuple[int, list[int] | str]]]
+"""Prompts and their parameters in; (index, answer token ids) out, as they are finished, in any order; where a request
+failed the reason in place of the tokens."""
 
 SELF_PROMPTS_AT_ONCE = 64
 PATIENCE = 8
-"""So many groups of self-written prompts without a usable one end a run."""
+"""So many groups of self-written prompts that bring no row end a run."""
 ROW_BEGINS = b'{"prompt_ids":'
 """How each line begins that is written here."""
 
@@ -104,12 +105,21 @@ class DistillConfig:
 
 @dataclass
 class DistillResult:
-    """What a run did: rows in the file now, rows of this run and their answer tokens, prompts left out as too long."""
+    """What a run did.
+
+    Attributes:
+        rows: in the file now.
+        new_rows: of this run.
+        new_tokens: of their answers.
+        too_long: prompts that were left out.
+        failures: why requests failed, which gave no row.
+    """
 
     rows: int
     new_rows: int
     new_tokens: int
     too_long: int
+    failures: list[str]
 
 
 def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, config: DistillConfig) -> DistillResult:
@@ -122,6 +132,7 @@ def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, confi
     if not prompts:
         raise ValueError("there are no prompts to answer")
     fitting = _fitting(prompts, config)
+    engine = _Engine(generate)
     with _Rows(out) as rows:
         answered = Counter(tuple(row["prompt_ids"]) for row in rows.present)
         todo = []
@@ -131,8 +142,8 @@ def distill(prompts: Sequence[TokenPrompt], generate: Generate, out: Path, confi
                 todo.append(prompt)
         with _bar() as bar:
             task = bar.add_task("answers", total=len(fitting), completed=len(fitting) - len(todo), tokens=0)
-            _answer(todo, generate, rows, config, lambda: bar.update(task, advance=1, tokens=rows.new_tokens))
-        return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, len(prompts) - len(fitting))
+            _answer(todo, engine, rows, config, lambda: bar.update(task, advance=1, tokens=rows.new_tokens))
+        return rows.result(len(prompts) - len(fitting), engine.failures)
 
 
 def _fitting(prompts: Sequence[TokenPrompt], config: DistillConfig) -> list[TokenPrompt]:
@@ -153,9 +164,11 @@ def distill_self(
         config: the settings.
 
     Raises:
-        ValueError: the target writes nothing new that it ends, or `out` holds something else than such rows.
+        ValueError: the target writes nothing new that it ends or fails to answer, or `out` holds something else than
+            such rows.
         OSError: `out` cannot be written; the rows in it are whole.
     """
+    engine = _Engine(generate)
     with _Rows(out) as rows, _bar() as bar:
         before = [row for row in rows.present if row["source"] == "self"]
         known = {tuple(row["prompt_ids"]) for row in before}
@@ -168,22 +181,39 @@ def distill_self(
         group = max((row.get("group", -1) for row in before), default=-1) + 1
         barren = 0
         while len(before) + rows.new < count:
-            written = _write_prompts(frame, group, ends, generate, config)
+            written = _write_prompts(frame, group, ends, engine, config)
             fresh = [p for p in _fitting(written, config) if p.token_ids not in known]
-            barren = 0 if fresh else barren + 1
+            known |= {p.token_ids for p in fresh}
+            held = rows.new
+            _answer(fresh[: count - len(before) - held], engine, rows, config, tell, {"group": group})
+            barren = 0 if rows.new > held else barren + 1
             if barren == PATIENCE:
+                failed = [f"; {len(engine.failures)} requests failed, such as: {why}" for why in engine.failures[:1]]
                 raise ValueError(
                     f"the target wrote no new usable prompt in {PATIENCE * SELF_PROMPTS_AT_ONCE} tries (each must end "
-                    f"its turn within {config.max_prompt_tokens} tokens); give a file of prompts"
+                    f"its turn within {config.max_prompt_tokens} tokens); give a file of prompts{''.join(failed)}"
                 )
-            known |= {p.token_ids for p in fresh}
-            _answer(fresh[: count - len(before) - rows.new], generate, rows, config, tell, {"group": group})
             group += 1
-        return DistillResult(len(rows.present) + rows.new, rows.new, rows.new_tokens, 0)
+        return rows.result(0, engine.failures)
+
+
+@dataclass
+class _Engine:
+    """Gives what was answered alone, as it is finished, and keeps why the rest failed."""
+
+    generate: Generate
+    failures: list[str] = field(default_factory=list)
+
+    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, list[int]]]:
+        for index, answer in self.generate(prompts, params):
+            if isinstance(answer, str):
+                self.failures.append(answer)
+            else:
+                yield index, answer
 
 
 def _write_prompts(
-    frame: ChatFrame, group: int, ends: Sequence[int], generate: Generate, config: DistillConfig
+    frame: ChatFrame, group: int, ends: Sequence[int], engine: _Engine, config: DistillConfig
 ) -> list[TokenPrompt]:
     """One group of prompts by the target, each different, in the order of their seeds."""
     first = (config.seed * 1_000_003 + group) * SELF_PROMPTS_AT_ONCE
@@ -191,7 +221,7 @@ def _write_prompts(
         SamplingParams(max_new_tokens=config.max_prompt_tokens, temperature=1.0, seed=(first + i) % 2**64)
         for i in range(SELF_PROMPTS_AT_ONCE)
     ]
-    written = sorted(generate([list(frame.before)] * len(params), params))
+    written = sorted(engine([list(frame.before)] * len(params), params))
     words = [ids[:-1] for _, ids in written if len(ids) > 1 and ids[-1] in ends]
     distinct = dict.fromkeys((*frame.before, *ids, *frame.after) for ids in words)
     return [TokenPrompt(ids, "self") for ids in distinct]
@@ -199,7 +229,7 @@ def _write_prompts(
 
 def _answer(
     prompts: Sequence[TokenPrompt],
-    generate: Generate,
+    engine: _Engine,
     rows: _Rows,
     config: DistillConfig,
     tell: Callable[[], None],
@@ -208,18 +238,17 @@ def _answer(
     params = [config.answering(p.token_ids) for p in prompts]
     if not prompts:
         return
-    for index, answer in generate([list(p.token_ids) for p in prompts], params):
-        if answer:
-            prompt = prompts[index]
-            rows.append(
-                {
-                    "prompt_ids": list(prompt.token_ids),
-                    "answer_ids": answer,
-                    "temperature": params[index].temperature,
-                    "source": prompt.source,
-                    **(more or {}),
-                }
-            )
+    for index, answer in engine([list(p.token_ids) for p in prompts], params):
+        prompt = prompts[index]
+        rows.append(
+            {
+                "prompt_ids": list(prompt.token_ids),
+                "answer_ids": answer,
+                "temperature": params[index].temperature,
+                "source": prompt.source,
+                **(more or {}),
+            }
+        )
         tell()
 
 
@@ -248,12 +277,17 @@ class _Rows:
             self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
             self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing writes what is left, which fails again with fewer words
+                self._file.close()
             whole = len(self.present) + self.new
             raise OSError(
                 error.errno, f"{self.path} cannot be written ({error}); its {whole} rows are whole"
             ) from error
         self.new += 1
         self.new_tokens += len(row["answer_ids"])
+
+    def result(self, too_long: int, failures: list[str]) -> DistillResult:
+        return DistillResult(len(self.present) + self.new, self.new, self.new_tokens, too_long, failures)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():

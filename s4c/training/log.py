@@ -60,10 +60,15 @@ class TrainingLog:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.bar.stop()
-        if not self.silent:
+        if self.silent:
+            return
+        try:
             self.board.close()
+        except OSError:
+            if error is None:  # else it is of the same full disk, and says less
+                raise
 
     def step(self, losses: dict[str, Tensor]) -> None:
         """Take in the losses of a step."""
@@ -122,11 +127,14 @@ class TrainingLog:
             return
         standing = self.standing
         facts = {"step": standing.step, "tokens": standing.tokens, "seconds": round(standing.seconds, 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, standing.step)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(facts) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, standing.step)
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} cannot be written ({error}); saved steps are whole") from error
 
 
 def change_of_perplexity(base: float, tuned: float) -> str:
