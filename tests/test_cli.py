@@ -538,6 +538,8 @@ def test_train_evaluate_and_generate_with_the_drafter(target: str, text: Path, t
     assert report["simulated"]["mean_acceptance_length"] >= 1
     assert report["engine"]["1"]["new_tokens"] >= report["engine"]["1"]["rounds"]
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    both = (*shared[:5], f"ngram+{out / 'best'}", *shared[6:], "--held-out", 1, "--rows", 2, "--json")
+    assert len(json.loads(run("eval", *both).stdout)["heads"]["conditional"]) == 2
     shown = run("eval", *shared, "--held-out", 1, "--rows", 4, "--prompts", tmp_path / "prompts.txt").stdout
     assert "head 2 given" in shown
     assert "engine, temperature 1" in shown
@@ -551,6 +553,21 @@ def test_eval_takes_a_method_without_training(target: str, text: Path) -> None:
     report = json.loads(run("eval", *args, "--max-new-tokens", 4, "--json").stdout)
     assert report["heads"] is None
     assert report["engine"]["0"]["rounds"] > 0
+    shown = run("eval", *args, "--max-new-tokens", 4, "--tree", "plan").stdout
+    assert "ngram with plan on 3 rows\nnothing in it was trained" in shown
+    assert "not told with --tree plan" in shown
+    assert "every row has a prompt of 3 tokens or more" in run("eval", *args, "--max-length", 3, code=2).stderr
+
+
+def test_eval_says_that_the_target_failed(target: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LLM.generate
+
+    def failing(self: LLM, prompts: Any, params: Any = None) -> Any:
+        return [replace(generation, error="the logits are NaN") for generation in whole(self, prompts, params)]
+
+    monkeypatch.setattr(LLM, "generate", failing)
+    args = ("--target", target, "--data", text, "--drafter", "ngram", "--held-out", 1, "--rows", 3, "--threads", 1)
+    assert "3 of 3 prompts failed, such as: the logits are NaN" in run("eval", *args, code=1).stderr
 
 
 def test_a_training_that_is_interrupted_says_how_to_go_on(

@@ -10,7 +10,14 @@ import pytest
 import torch
 from tiny_training import METHODS, VOCAB, TinyModel, TinyTarget, tiny_model
 
-from s4c.drafters.checkpoint import load_drafter, load_model, read_checkpoint, replace_folder, save_checkpoint
+from s4c.drafters.checkpoint import (
+    load_drafter,
+    load_model,
+    read_checkpoint,
+    replace_folder,
+    save_checkpoint,
+    standing,
+)
 from s4c.errors import CorruptCheckpoint, WrongTarget
 from s4c.training.checkpoint import exclusive, latest, load_state, read_facts, save_state
 
@@ -150,12 +157,22 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(
         replace_folder(place, lambda folder: write(folder, "new"))
 
     killed(replace)
-    with pytest.raises(CorruptCheckpoint, match=r"config\.json"):
+    left = sorted(tmp_path.iterdir())
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json is damaged"):
         read_checkpoint(place)
-    assert (place / "config.json").read_text() == ("new" if step == "clean-up" else "old")
+    assert (standing(place) / "config.json").read_text() == ("new" if step == "clean-up" else "old")
+    assert sorted(tmp_path.iterdir()) == left  # readers move nothing
     replace_folder(place, lambda folder: write(folder, "newer"))
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
     assert (place / "config.json").read_text() == "newer"
+
+
+def test_a_checkpoint_is_read_in_the_midst_of_a_swap(saved: Path) -> None:
+    wanted = load_model(saved, TinyTarget(), METHODS).state_dict()
+    saved.rename(saved.with_name(f".{saved.name}.old"))
+    found = load_model(saved, TinyTarget(), METHODS).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert load_drafter(saved, TinyTarget(), METHODS).default_tree == "comb:3"
 
 
 def write(folder: Path, text: str) -> None:

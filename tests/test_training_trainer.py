@@ -201,6 +201,13 @@ def test_a_full_disk_leaves_the_last_step_whole(tmp_path: Path, monkeypatch: pyt
     assert run(tmp_path, resume=True).standing.step == 10
 
 
+def test_a_training_finishes_the_swap_that_a_crash_cut(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    assert run(tmp_path, resume=True).best == tmp_path / "best"
+    assert not (tmp_path / ".best.old").exists()
+
+
 def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
     with exclusive(tmp_path / "lock"), pytest.raises(ValueError, match=f"process {os.getpid()} is at work here"):
         run(tmp_path)

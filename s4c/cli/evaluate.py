@@ -85,8 +85,11 @@ def _held_out(llm: LLM, data: list[Path], share: float, most: int, max_length: i
     if most < 1:
         raise ValueError(f"--rows is {most}; it must be at least 1")
     spec = llm.target.spec
+    room = min(max_length, spec.context_length)
     with options.spinner("reading the data"):
-        every = truncate(read_rows(data, spec.vocab_size), min(max_length, spec.context_length))
+        every = truncate(read_rows(data, spec.vocab_size), room)
+    if not every:
+        raise ValueError(f"every row has a prompt of {room} tokens or more; raise --max-length, or --context-length")
     _, held = split(every, share)
     if not held:
         raise ValueError(f"none of the {len(every)} rows is held out at a share of {share}; raise --held-out, 1 is all")
@@ -100,13 +103,15 @@ def _prompts(llm: LLM, path: Path, most: int) -> list[list[int]]:
 
 
 def _folder(llm: LLM, drafter: str) -> Path | None:
-    """The checkpoint of the drafter, or of the first of two; None for a method without training."""
+    """The checkpoint of the drafter, or of the first of two that has one; None where nothing was trained."""
+    from s4c.drafters.checkpoint import standing
     from s4c.engine.llm import shipped_for
 
-    first = drafter if Path(drafter).is_dir() else drafter.partition("+")[0]
-    if first in ("auto", "shipped"):
-        return shipped_for(llm.target)
-    return Path(first) if Path(first).is_dir() else None
+    for name in (drafter, *drafter.split("+")):
+        folder = shipped_for(llm.target) if name in ("auto", "shipped") else standing(Path(name))
+        if folder is not None and folder.is_dir():
+            return folder
+    return None
 
 
 def _features(llm: LLM, rows: list[Row], taps: tuple[int, ...]) -> list[Tensor]:
@@ -156,11 +161,19 @@ def _simulated(llm: LLM, rows: list[Row], features: list[Tensor]) -> dict[str, A
 
 
 def _engine(llm: LLM, prompts: list[list[int]], temperature: float, max_new_tokens: int, seed: int) -> dict[str, Any]:
-    """MAL of the engine: all tokens over all passes."""
+    """MAL of the engine: all tokens over all passes.
+
+    Raises:
+        BadLogits: a prompt could not be answered.
+    """
+    from s4c.errors import BadLogits
     from s4c.types import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     done = llm.generate(prompts, params)
+    failed = [number for number, generation in enumerate(done) if generation.error]
+    if failed:
+        raise BadLogits(f"{len(failed)} of {len(done)} prompts failed, such as: {done[failed[0]].error}", failed)
     rounds, tokens = (sum(getattr(g.stats, name) for g in done) for name in ("rounds", "new_tokens"))
     return {"mean_acceptance_length": tokens / rounds, "rounds": rounds, "new_tokens": tokens, "prompts": len(done)}
 
@@ -169,8 +182,13 @@ def _print(report: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
+    from s4c.engine.planner import NAME
+
     console = options.console()
-    if report["heads"] is not None:
+    console.print(f"{report['drafter']} with {report['tree']} on {report['rows']} rows", markup=False, soft_wrap=True)
+    if report["heads"] is None:
+        console.print("nothing in it was trained, so there are no heads to look at")
+    else:
         ranks = len(report["heads"]["conditional"][0])
         table = Table("acceptance", *(f"top {k + 1}" for k in range(ranks)), box=box.SIMPLE_HEAD)
         for name, kind in (("conditional", "given"), ("unconditional", "")):
@@ -178,12 +196,13 @@ def _print(report: dict[str, Any]) -> None:
                 table.add_row(f"head {head} {kind}", *(f"{s:.3f}" for s in shares))
         console.print(table)
         console.print("given: where the heads before had the token first\n")
+    missing = "not told with --tree plan" if report["tree"] == NAME else "no rows at temperature 0"
     table = Table("mean acceptance length", "MAL", "passes", box=box.SIMPLE_HEAD)
     lines = {"simulated, temperature 0": report["simulated"]}
     lines |= {f"engine, temperature {name}, rule {report['rule']}": value for name, value in report["engine"].items()}
     for name, value in lines.items():
         if value is None:
-            table.add_row(name, "no rows at temperature 0", "")
+            table.add_row(name, missing, "")
         else:
             table.add_row(name, f"{value['mean_acceptance_length']:.3f}", str(value["rounds"]))
     console.print(table)

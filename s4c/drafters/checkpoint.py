@@ -7,6 +7,8 @@
 
 What belongs to the target (embeddings, LM head) is not in it: draft models hold that in buffers that are not
 persistent. A folder is written beside and swapped into place, so a reader or a crash finds the old one or the new one.
+Between the two renames of a swap the old one stands beside its place: readers read it there, and leave it to writers,
+who may be in the midst of theirs, to move it.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         CorruptCheckpoint: the folder or the file is missing, or does not hold what it should.
     """
-    finish_swap(directory)
+    directory = standing(directory)
     path = directory / CONFIG
     if not path.is_file():
         raise CorruptCheckpoint(f"{directory} is no drafter checkpoint: it has no {CONFIG}")
@@ -135,15 +137,17 @@ def load_model(directory: Path, target: Target, methods: Mapping[str, Method]) -
         WrongTarget: it was trained for another target.
         ValueError: its method is not in the table.
     """
-    return _load(directory, read_checkpoint(directory), target, methods)
+    place = standing(directory)
+    return _load(place, read_checkpoint(place), target, methods)
 
 
 def load_drafter(
     directory: Path, target: Target, methods: Mapping[str, Method], dtype: torch.dtype | None = None
 ) -> Drafter:
     """`load_model`, made ready to draft in the target's dtype or the given one, with the checkpoint's tree."""
-    checkpoint = read_checkpoint(directory)
-    drafter = _load(directory, checkpoint, target, methods).drafter(target, dtype)
+    place = standing(directory)
+    checkpoint = read_checkpoint(place)
+    drafter = _load(place, checkpoint, target, methods).drafter(target, dtype)
     drafter.settings = json.dumps(checkpoint.config, sort_keys=True)
     if checkpoint.default_tree is not None:
         drafter.default_tree = checkpoint.default_tree
@@ -231,8 +235,14 @@ def replace_folder(directory: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def standing(directory: Path) -> Path:
+    """Where the whole version of a folder is, for readers: in its place, or beside it in the midst of a swap."""
+    old = _old(directory)
+    return old if old.exists() and not directory.exists() else directory
+
+
 def finish_swap(directory: Path) -> None:
-    """A crash between the two renames of a swap leaves the old folder under another name: put it back."""
+    """For its only writer: what a crash between the two renames of a swap left beside the place is put back."""
     old = _old(directory)
     if old.exists() and not directory.exists():
         os.rename(old, directory)

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 
 from s4c.drafters import METHODS
 from s4c.drafters.base import Drafter, NoDrafter
-from s4c.drafters.checkpoint import load_drafter, read_checkpoint
+from s4c.drafters.checkpoint import load_drafter, read_checkpoint, standing
 from s4c.drafters.combined import CombinedDrafter
 from s4c.engine.measure import measured_costs
 from s4c.engine.planner import NAME, CostPlanner, FixedPlanner, plans_by_levels
@@ -341,7 +341,7 @@ def choose_drafter(name: str | Path, target: Target) -> Drafter:
     created = create_drafter(str(name), target)
     if created is not None:
         return created
-    if Path(name).is_dir():
+    if standing(Path(name)).is_dir():
         return load_drafter(Path(name), target, METHODS)
     first, plus, second = str(name).rpartition("+")
     if plus and first and second and "none" not in (first, second):

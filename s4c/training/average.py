@@ -25,6 +25,7 @@ from s4c.drafters.checkpoint import (
     read_checkpoint,
     read_tensors,
     replace_folder,
+    standing,
     write_tensors,
 )
 
@@ -45,7 +46,7 @@ def average(checkpoints: Sequence[Path], out: Path) -> None:
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {CONFIG, WEIGHTS, CARD}):
         raise ValueError(f"{out} holds something else than a drafter, which would be lost; name a new folder")
     parts = [
-        _Part(directory, read_checkpoint(directory), read_tensors(directory / WEIGHTS)) for directory in checkpoints
+        _Part(place, read_checkpoint(place), read_tensors(place / WEIGHTS)) for place in map(standing, checkpoints)
     ]
     first = parts[0]
     for part in parts:

@@ -32,7 +32,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from s4c.drafters.base import DraftModel, Served, TrainingBatch
-from s4c.drafters.checkpoint import TARGET, save_checkpoint
+from s4c.drafters.checkpoint import TARGET, finish_swap, save_checkpoint
 from s4c.errors import UnsupportedModel
 from s4c.models.base import Target
 from s4c.training.checkpoint import exclusive, latest, load_state, read_facts, save_state
@@ -274,6 +274,8 @@ class Trainer:
 
     def _open(self) -> None:
         """Take up the last saved step, or see that there is none; get the features."""
+        if self.main:
+            finish_swap(self.out / "best")
         place = latest(self.out / "steps")
         if self.resume:
             if place is None:
