@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,21 @@ def test_the_final_norm_is_what_it_multiplies_by() -> None:
     assert HFTarget(tiny_models.tiny("gpt2"), SPEC).final_norm_weight() is None
 
 
-def test_a_head_with_a_bias_is_more_than_its_rows() -> None:
-    assert not HFTarget(tiny_models.tiny("phi"), SPEC).readable
+def test_what_is_more_than_the_rows_of_a_head_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not HFTarget(tiny_models.tiny("phi"), SPEC).readable  # a bias
+    model = tiny_models.tiny("llama")
+    forward = type(model).forward
+
+    @wraps(forward)
+    def silences_a_token(self: Any, *arguments: Any, **more: Any) -> Any:
+        output = forward(self, *arguments, **more)
+        output.logits[..., 0] = -1e4
+        return output
+
+    monkeypatch.setattr(type(model), "forward", silences_a_token)
+    target = HFTarget(model, SPEC)
+    assert not target.readable
+    assert torch.equal(target.head_weight(), model.lm_head.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -287,6 +287,8 @@ class HFTarget(Target):
         logits, features = self._plain_pass(HEAD_TEXT)
         made = soft_capped(F.linear(features, self.head_weight()).float(), self.softcap)
         self.readable = _apart(made, logits) <= TOLERANCE[self.dtype]
+        if not self.readable:
+            self._scale, self.softcap = 1.0, 0.0
 
     def _after_head(self, output: float) -> float:
         """The logit that an output of the LM head becomes."""
