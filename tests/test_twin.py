@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,26 @@ def test_rounds_in_turn_leave_each_its_own_text(tmp_path: Path, runtime: str) ->
     first.use("ngram", "chain:3")
     assert [g.token_ids for g in by_turns([llm, first, second], PROMPTS)] == alone
     assert first.target.embedding_weight().data_ptr() == llm.target.embedding_weight().data_ptr()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_twin_is_freed(tmp_path: Path, runtime: str) -> None:
+    llm = LLM(str(tiny_models.save(tmp_path, "llama")), "none", runtime=runtime)
+    twin = llm.twin()
+    twin.generate(PROMPTS[0], PARAMS)
+    gone = weakref.ref(twin.target)
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_threads_leave_each_its_own_text(tmp_path: Path, runtime: str) -> None:
+    llm = LLM(str(tiny_models.save(tmp_path, "llama")), "none", runtime=runtime)
+    alone = [llm.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(llm.twin().generate, prompt, PARAMS) for prompt in PROMPTS for _ in range(2)]
+    assert [answer.result().token_ids for answer in answers] == [text for text in alone for _ in range(2)]
 
 
 @pytest.mark.parametrize("runtime", [runtime for runtime in RUNTIMES if runtime != "hf"])

@@ -55,6 +55,12 @@ class _Slot:
             layer.values = layer.values.index_select(-2, rows.to(layer.values.device))
         self.length = rows.shape[0]
 
+    def empty_last(self) -> None:
+        """Zero the last row of every layer."""
+        for layer in self.cache.layers:
+            layer.keys[..., -1:, :] = 0
+            layer.values[..., -1:, :] = 0
+
     def drop_tree(self) -> None:
         """Drop what no verdict committed."""
         if self.cache.get_seq_length() > self.length:
@@ -77,9 +83,6 @@ class HFTarget(Target):
     def __init__(self, model: Any, spec: TargetSpec) -> None:
         self._model = model.eval().requires_grad_(False)
         self._head: nn.Module = _head_of(model, spec.name)
-        self._head.register_forward_pre_hook(self._before_head)
-        self._features: Tensor | None = None
-        self._want_logits = True
         self._scale = 1.0
         vocab_size, hidden_size = self.head_weight().shape
         self.spec = replace(spec, vocab_size=vocab_size, hidden_size=hidden_size)
@@ -123,15 +126,11 @@ class HFTarget(Target):
     def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         state = self._slots[slot] = _Slot()
         features = [torch.empty(0, self.spec.hidden_size * (1 + len(taps)), dtype=self.dtype, device=self.device)]
-        self._want_logits = False
-        try:
-            for first in range(0, tokens.shape[0], PREFILL_CHUNK):
-                chunk = tokens[first : first + PREFILL_CHUNK].to(self.device)
-                positions = first + torch.arange(chunk.shape[0], device=self.device)
-                features.append(self._pass(chunk, positions, None, state.cache, taps)[1])
-                state.length += chunk.shape[0]
-        finally:
-            self._want_logits = True
+        for first in range(0, tokens.shape[0], PREFILL_CHUNK):
+            chunk = tokens[first : first + PREFILL_CHUNK].to(self.device)
+            positions = first + torch.arange(chunk.shape[0], device=self.device)
+            features.append(self._pass(chunk, positions, None, state.cache, taps, last=True)[1])
+            state.length += chunk.shape[0]
         return torch.cat(features)
 
     def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
@@ -143,9 +142,32 @@ class HFTarget(Target):
             # A node past the context is cut by the engine whatever it holds; it only needs a position that exists.
             positions = (state.length + sees.sum(-1) - 1).clamp(max=self.spec.context_length - 1)
             seen = torch.cat([sees.new_ones(tree.size, state.length), sees], 1)
-            rows.append(self._pass(tokens, positions, seen, state.cache, taps))
+            row = self._pass(tokens, positions, seen, state.cache, taps)
+            rows.append(row if row[1].isfinite().all() else self._node_by_node(tokens, positions, seen, state, taps))
         logits, features = zip(*rows, strict=True)
         return TargetOutput(torch.stack(logits), torch.stack(features))
+
+    def _node_by_node(
+        self, tokens: Tensor, positions: Tensor, seen: Tensor, state: _Slot, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """A pass over a tree in which a node is not finite: its keys and values would spoil also who does not see it.
+
+        They are emptied before the next node is computed; what sees it is NaN.
+        """
+        state.drop_tree()
+        rows: list[tuple[Tensor, Tensor]] = []
+        spoilt = torch.zeros_like(seen[0])
+        for node, sees in enumerate(seen):
+            here = slice(node, node + 1)
+            end = state.length + node + 1
+            logits, features = self._pass(tokens[here], positions[here], sees[None, :end], state.cache, taps)
+            spoilt[end - 1] = not features.isfinite().all() or bool((sees & spoilt).any())
+            if spoilt[end - 1]:
+                state.empty_last()
+                logits, features = torch.full_like(logits, torch.nan), torch.full_like(features, torch.nan)
+            rows.append((logits, features))
+        logits, features = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return logits, features
 
     def commit(self, verdict: Verdict) -> None:
         for slot, (path, accepted) in enumerate(zip(verdict.path, verdict.accepted.tolist(), strict=True)):
@@ -163,7 +185,9 @@ class HFTarget(Target):
     def twin(self) -> HFTarget:
         twin = copy.copy(self)
         twin._slots = []
-        twin._head.register_forward_pre_hook(twin._before_head)
+        weights: dict[int, Any] = {id(parameter): parameter for parameter in self._model.parameters()}
+        twin._model = copy.deepcopy(self._model, weights)
+        twin._head = twin._model.get_output_embeddings()
         return twin
 
     def embedding_weight(self) -> Tensor:
@@ -188,13 +212,15 @@ class HFTarget(Target):
                 return weight
         return None
 
-    def _before_head(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._features = arguments[0]
-        return arguments if self._want_logits else (arguments[0][:, -1:], *arguments[1:])
-
     @torch.no_grad()
     def _pass(
-        self, tokens: Tensor, positions: Tensor, seen: Tensor | None, cache: Any, taps: Sequence[int] = ()
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+        cache: Any,
+        taps: Sequence[int] = (),
+        last: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One forward pass of one sequence.
 
@@ -204,27 +230,33 @@ class HFTarget(Target):
             seen: [n, m] bool, which of the cached and the new rows a token sees; None for the usual causal mask.
             cache: takes in n rows; None for none.
             taps: numbers of layers behind which the hidden states are wanted too.
+            last: whether the logits of the last token are enough.
 
         Returns:
-            logits [n, V] float32 (the last row alone in a prefill) and features [n, d (1 + taps)].
+            logits [n or 1, V] float32 and features [n, d (1 + taps)].
         """
         mask = None
         if seen is not None:
             hidden = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
             mask = hidden.masked_fill(~seen.to(self.device), torch.finfo(self.dtype).min)[None, None]
-        self._features = None
-        output = self._model(
-            input_ids=tokens[None].to(self.device),
-            position_ids=positions[None].to(self.device),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **({"output_hidden_states": True} if taps else {}),
-        )
-        features = self._features
-        if features is None or features.shape[:2] != (1, tokens.shape[0]):
+        read: list[Tensor] = []
+
+        def before_head(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            read.append(arguments[0])
+            return (arguments[0][:, -1:], *arguments[1:]) if last else arguments
+
+        with self._head.register_forward_pre_hook(before_head):
+            output = self._model(
+                input_ids=tokens[None].to(self.device),
+                position_ids=positions[None].to(self.device),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **({"output_hidden_states": True} if taps else {}),
+            )
+        if not read or read[-1].shape[:2] != (1, tokens.shape[0]):
             raise UnsupportedModel(f"{self.spec.name} does not put its hidden states through its LM head")
-        return output.logits[0].float(), torch.cat([features[0], *(output.hidden_states[t][0] for t in taps)], -1)
+        return output.logits[0].float(), torch.cat([read[-1][0], *(output.hidden_states[t][0] for t in taps)], -1)
 
     def _check(self) -> None:
         """Hold a small tree, and what follows its commit, against plain passes.
