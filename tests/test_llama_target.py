@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from s4c.errors import CorruptCheckpoint, UnsupportedModel
-from s4c.models import llama
+from s4c.models import layers, llama
 from s4c.models.llama import LlamaTarget, unsupported
 from s4c.models.loading import load_config, load_target
+from s4c.models.native import library
 from s4c.models.weights import tensors
 from s4c.types import DraftTree, Verdict
 from s4c.verify.tree import root_only
 
+RUNTIMES = ["torch", "hf", *(["native"] if library.problem() is None else [])]
 PROMPT = [3, 14, 15, 9, 26, 5]
 
 
@@ -121,6 +123,49 @@ def test_batched_is_single(tmp_path: Path) -> None:
     assert torch.allclose(target.verify(rows).logits, torch.stack(alone), atol=1e-4)
     target.move(3, 1)
     assert target.length(1) == 0
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_spoils_what_sees_it_alone(tmp_path: Path, runtime: str, dtype: str) -> None:
+    target = load_target(str(tiny_models.save(tmp_path, "llama", tied=False)), runtime=runtime, dtype=dtype)
+    bad, prompts = 6, [torch.tensor([3]), torch.arange(7, 40)]
+    one = tree_of([-1, 0, 0, 1, 2, 4], [7, 8, bad, 10, 11, 12])
+    tree = DraftTree(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in (one.tokens, one.parents, one.candidate, one.sampled)))
+    target.reserve(2, 64)
+
+    def logits() -> Tensor:
+        for slot, prompt in enumerate(prompts):
+            target.prefill(slot, prompt)
+        return target.verify(tree).logits
+
+    before = logits()
+    target.embedding_weight()[bad] = torch.nan
+    target.prefill(0, torch.full((30,), bad))  # leaves rows behind the short prompt that comes after
+    after = logits()
+    spoilt = torch.tensor([False, False, True, False, True, True])
+    assert after[:, spoilt].isnan().all()
+    assert torch.allclose(after[:, ~spoilt], before[:, ~spoilt], atol=1e-4 if dtype == "float32" else 0.1)
+
+
+def test_rows_that_are_left_over_and_not_finite_are_held_off_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = load_target(str(tiny_models.save(tmp_path, "llama")), runtime="torch")
+    target.reserve(2, 64)
+    target.prefill(1, torch.arange(40))
+    clean = target.embedding_weight()[9].clone()
+    target.embedding_weight()[9] = torch.nan
+    target.prefill(0, torch.full((30,), 9))
+    target.embedding_weight()[9] = clean
+    target.prefill(0, torch.tensor(PROMPT))
+    apart: list[int] = []
+    attend_apart = layers._attend_apart
+    monkeypatch.setattr(layers, "_attend_apart", lambda *inputs: apart.append(1) or attend_apart(*inputs))
+    assert target.verify(root_only([7, 7])).logits.isfinite().all()
+    assert len(apart) == target.layers
+    assert target.verify(root_only([7, 7])).logits.isfinite().all()
+    assert len(apart) == target.layers
 
 
 def test_a_prompt_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,8 @@ class Target(ABC):
         """One forward pass over a draft tree for the sequences in slots 0 .. B - 1.
 
         Each node sees the committed tokens of its sequence, its ancestors and itself. The cached length of
-        no slot changes. With `taps`, as for `prefill`, the features are as wide as there.
+        no slot changes. With `taps`, as for `prefill`, the features are as wide as there. A node whose numbers
+        are not finite spoils those alone that see it.
         """
 
     @abstractmethod

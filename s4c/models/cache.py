@@ -70,6 +70,11 @@ class KVCache:
             self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, index]
         self.lengths[slot] += count
 
+    def clear(self, slots: slice, pending: int) -> None:
+        """Zero what stands behind the committed rows of these slots, and `pending` uncommitted ones."""
+        for slot, length in enumerate(self.lengths[slots], slots.start):
+            self.data[:, :, slot, :, length + pending :] = 0
+
     def move(self, source: int, destination: int) -> None:
         """Copy the rows of one slot to another."""
         length = self.lengths[source]

@@ -244,7 +244,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     Args:
         query: [B, N, H, head_dim].
         key, value: [B, K, L, head_dim], K key heads.
-        mask: [B, 1, H / K * N, L] as `grouped_mask` gives it, or None.
+        mask: [B, 1, H / K * N, L] as `grouped_mask` gives it, or None. With one of bool, keys and values that are
+            not finite spoil the rows that see them alone.
 
     Returns:
         [B, N, H * head_dim].
@@ -253,17 +254,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     kv_heads = key.shape[1]
     rows = query.view(batch, nodes, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, -1, size)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask)
+    if mask is not None and mask.dtype == torch.bool:
+        out = _attend_apart(rows, key, value, mask)
+    else:
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask)
     out = out.view(batch, kv_heads, heads // kv_heads, nodes, size).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, nodes, heads * size)
 
 
+def _attend_apart(rows: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention in which a weight of 0 takes nothing of a value, while 0 times NaN is NaN."""
+    scores = rows.float() @ key.float().transpose(-1, -2) * rows.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    unusable = ~value.isfinite()
+    spoilt = mask.float() @ unusable.float() > 0
+    out: Tensor = weights @ value.float().masked_fill(unusable, 0)
+    return out.masked_fill(spoilt, torch.nan).to(value.dtype)
+
+
 def grouped_mask(mask: Tensor | None, shape: LayerShape, dtype: torch.dtype) -> Tensor | None:
-    """[B, N, L] bool -> [B, 1, H / K * N, L], what `attend` adds to the scores."""
+    """[B, N, L] bool -> [B, 1, H / K * N, L], what `attend` adds to the scores; bool as it is, where dtype is bool."""
     if mask is None:
         return None
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return added.repeat(1, shape.heads // shape.kv_heads, 1)[:, None]
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.repeat(1, shape.heads // shape.kv_heads, 1)[:, None]
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ then keeps those of an accepted path. What was not kept is overwritten by the ne
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,6 +122,10 @@ class Stack(ABC):
 class TorchStack(Stack):
     """`Stack` in torch: any device; also what the native kernels are tested against.
 
+    Where an output is not finite, a row that others do not see may have spoilt it (a sibling, or what an ended
+    sequence left in the cache), and the pass is run again with masks that hold such rows off. Passes on a GPU are
+    not looked at, for the look would wait for them.
+
     Attributes:
         records: whether passes over few rows are recorded and replayed (recorded.py), as on a GPU.
     """
@@ -169,7 +174,12 @@ class TorchStack(Stack):
         slots = slice(first_slot, first_slot + batch)
         if self.records and adapted is None and pending + count <= MOST_RECORDED:
             return self._replay(x, parents, slots, pending, taps)
-        return self._pass(x, parents, self._cache.view(slots, count, pending), pending, adapted, taps)
+        view = self._cache.view(slots, count, pending)
+        output = self._pass(x, parents, view, pending, self._dtype, adapted, taps)
+        if not self.records and not math.isfinite(output.sum().item()):
+            self._cache.clear(slots, pending)
+            output = self._pass(x, parents, view, pending, torch.bool, adapted, taps)
+        return output
 
     def _replay(self, x: Tensor, parents: Tensor, slots: slice, pending: int, taps: Sequence[int]) -> Tensor:
         """`run` by a recorded pass: rows and cache rows are filled up to the next fixed size, and nobody sees that."""
@@ -187,7 +197,7 @@ class TorchStack(Stack):
 
             def fixed_pass(x: Tensor, parents: Tensor, lengths: Tensor) -> Tensor:
                 view = self._cache.fixed_view(slots, lengths, fixed, pending, end)
-                return self._pass(x, parents, view, pending, None, taps)
+                return self._pass(x, parents, view, pending, self._dtype, None, taps)
 
             self._recorded[key] = Recorded(fixed_pass, inputs)
         return self._recorded[key](*inputs)[:, :count]
@@ -198,13 +208,15 @@ class TorchStack(Stack):
         parents: Tensor,
         view: CacheView,
         pending: int,
+        masked: torch.dtype,
         adapted: AdaptedRows | None,
         taps: Sequence[int],
     ) -> Tensor:
+        """`run` with a mask of dtype `masked`."""
         visible = ancestors(parents)[:, pending:]
         positions = view.lengths[:, None] + visible.sum(-1) - 1
         rotary = Rotary(positions, self._rope.frequencies, self._rope.scaling)
-        mask = grouped_mask(view.mask(visible), self._shape, self._dtype)
+        mask = grouped_mask(view.mask(visible), self._shape, masked)
         x = x.float() if self._join is None else self._join(x)
         tapped = []
         for index in range(len(self._layers)):
