@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,9 @@ def test_what_the_runtime_cannot_do_is_refused(tmp_path: Path) -> None:
     config = load_config(tiny_models.save(tmp_path, "llama"))
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert "dynamic" in str(unsupported(config))
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    assert unsupported(config) is None
+    for uneven in ({"num_key_value_heads": 3}, {"head_dim": 7}):
+        changed = copy.deepcopy(config)
+        changed.update(uneven)
+        assert "do not go up evenly" in str(unsupported(changed))

@@ -118,6 +118,23 @@ def test_tensors_are_those_of_the_model_whatever_the_shards(tmp_path: Path, fami
     assert weights.fingerprint(whole) == weights.fingerprint(tmp_path / "sharded")
 
 
+def test_a_whole_file_goes_before_shards(tmp_path: Path, llama: Path) -> None:
+    tiny_models.tiny("llama", seed=1).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for file in (tmp_path / "sharded").glob("model*.safetensors*"):
+        shutil.copy(file, llama)
+    expected = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    found = dict(weights.tensors(llama))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_an_index_that_is_none(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    for content in ("[]", '{"weight_map": {"a": 3}}', "\xff"):
+        (llama / weights.INDEX).write_text(content)
+        with pytest.raises(CorruptCheckpoint, match="not an index of shards"):
+            resolve(str(llama))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
 def test_damaged_safetensors_are_named(llama: Path, damage: str) -> None:
     file = llama / "model.safetensors"
@@ -184,6 +201,7 @@ def test_the_fast_runtime_where_it_can(tmp_path: Path, llama: Path) -> None:
     slow = load_target(str(llama), runtime="hf")
     assert type(slow).__name__ == "HFTarget"
     assert slow.spec == load_target(str(llama)).spec
+    assert load_target(llama, runtime="hf").spec == slow.spec
     gpt2 = tiny_models.save(tmp_path, "gpt2")
     target = load_target(str(gpt2), device="cpu")
     assert type(target).__name__ == "HFTarget"
@@ -247,7 +265,7 @@ def test_a_window_that_is_off(tmp_path: Path) -> None:
     assert load_target(str(directory)).spec.context_length == tiny_models.CONTEXT
 
 
-def test_models_that_are_no_targets(tmp_path: Path, llama: Path) -> None:
+def test_models_that_are_no_targets(llama: Path) -> None:
     edit(llama / "config.json", model_type="unheard_of", auto_map={"AutoConfig": "configuration.Evil"})
     (llama / "configuration.py").write_text("raise SystemExit('ran the code of the model')")
     with pytest.raises(UnsupportedModel, match="'unheard_of'"):
@@ -255,14 +273,46 @@ def test_models_that_are_no_targets(tmp_path: Path, llama: Path) -> None:
     BartConfig(d_model=32).save_pretrained(llama)
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         load_target(str(llama))
-    for field in ("vocab_size", "num_attention_heads"):
-        damaged = tiny_models.save(tmp_path / field, "llama")
-        edit(damaged / "config.json", **{field: "many"})
-        with pytest.raises(UnsupportedModel, match="cannot read the configuration"):
-            load_target(str(damaged))
     (llama / "config.json").write_text("{")
-    with pytest.raises(CorruptCheckpoint, match=r"config\.json is not JSON"):
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json cannot be read as JSON"):
         load_target(str(llama))
+
+
+SIZE = "must be an integer from 1"
+ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NONSENSE: list[tuple[dict[str, Any], str]] = [
+    ({"vocab_size": "many"}, f"vocab_size.*'many'.*{SIZE}"),
+    ({"vocab_size": 10**12}, f"vocab_size.*{SIZE}"),
+    ({"num_hidden_layers": 10**6}, r"describes \d+ weights"),
+    ({"num_hidden_layers": 0}, f"num_hidden_layers.*{SIZE}"),
+    ({"num_attention_heads": 0}, f"num_attention_heads.*{SIZE}"),
+    ({"num_attention_heads": [4]}, "num_attention_heads"),
+    ({"head_dim": -1}, f"head_dim.*{SIZE}"),
+    ({"sliding_window": []}, f"sliding_window.*{SIZE}"),
+    ({"text_config": 3}, "text_config.*has none"),
+    ({"quantization_config": {}}, "quantised"),
+    ({"quantization_config": "x"}, "cannot read the configuration"),
+    ({"hidden_act": "x"}, "activation 'x' is not silu"),
+    ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "rope type 'x' is not one of default"),
+    ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, "rope type '.*' is not one of default"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope parameters.*'x'.*cannot be computed"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope parameters.*not finite"),
+    ({"rope_parameters": {**ROPE, "low_freq_factor": 0}}, "rope parameters.*division by zero"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "x"}}, SIZE),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), NONSENSE, ids=[str(changes) for changes, _ in NONSENSE])
+def test_a_configuration_that_makes_no_sense(llama: Path, changes: dict[str, Any], problem: str) -> None:
+    edit(llama / "config.json", **changes)
+    with pytest.raises((UnsupportedModel, CorruptCheckpoint), match=problem):
+        load_target(str(llama))
+
+
+def test_biases_of_a_family_that_has_none_are_not_looked_for(tmp_path: Path) -> None:
+    directory = tiny_models.save(tmp_path, "mistral")
+    edit(directory / "config.json", attention_bias=True, mlp_bias=True)
+    assert isinstance(load_target(str(directory)), LlamaTarget)
 
 
 def test_a_tied_head_that_is_another_matrix_is_refused(llama: Path) -> None:
@@ -288,8 +338,11 @@ def test_the_tokens_that_end_a_text(tmp_path: Path) -> None:
     generation = directory / "generation_config.json"
     edit(generation, eos_token_id=[7, 257])
     assert loading.eos_token_ids(directory) == (7, 257)
-    generation.unlink()
     edit(directory / "config.json", eos_token_id=9)
+    generation.write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(CorruptCheckpoint, match=r"eos_token_id.*\['x'\].*a token id or a list"):
+        loading.eos_token_ids(directory)
+    generation.unlink()
     assert loading.eos_token_ids(directory) == (9,)
     edit(directory / "config.json", eos_token_id=None)
     assert loading.eos_token_ids(directory) == (257,)

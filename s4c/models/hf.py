@@ -109,12 +109,14 @@ class HFTarget(Target):
                 model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
         except SafetensorError as error:
             raise CorruptCheckpoint(f"the safetensors in {directory} cannot be read: {error}") from error
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except RuntimeError as error:
             raise CorruptCheckpoint(f"the weights in {directory} do not fit config.json: {error}") from error
-        except (ValueError, ImportError, OSError) as error:
-            raise UnsupportedModel(f"transformers finds no causal language model in {directory}: {error}") from error
+        except Exception as error:  # of any class: it builds the model from whatever the configuration says
+            raise UnsupportedModel(
+                f"transformers finds no causal language model in {directory}: {type(error).__name__}: {error}"
+            ) from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise CorruptCheckpoint(f"the weights in {directory} lack {', '.join(missing[:5])} ({len(missing)} in all)")

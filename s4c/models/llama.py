@@ -7,6 +7,7 @@ what is built like them, SmolLM2 for one. `HFTarget` is the oracle that this fil
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def unsupported(config: Any) -> str | None:
     """Why this runtime cannot run a model of that configuration; None where it can."""
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised, and what they are to be scaled by is not read"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act!r} is not silu"
@@ -45,6 +46,15 @@ def unsupported(config: Any) -> str | None:
         return f"rope type {_rope_type(config)!r} is not one of {', '.join(ROPE_TYPES)}"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotary embeddings cover only a part of each head"
+    shape = layer_shape(config)
+    if shape.head_dim % 2 or shape.heads % shape.kv_heads:
+        return f"{shape.heads} query heads of size {shape.head_dim} on {shape.kv_heads} key heads do not go up evenly"
+    try:
+        frequencies, scaling = inverse_frequencies(config)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        return f"its rope parameters {config.rope_parameters} cannot be computed with ({error})"
+    if not (frequencies.isfinite().all() and math.isfinite(scaling)):
+        return f"its rope parameters {config.rope_parameters} give angles that are not finite"
     return None
 
 
@@ -54,8 +64,8 @@ def _rope_type(config: Any) -> str:
 
 def layer_shape(config: Any) -> LayerShape:
     """The decoder layer that a configuration of the family describes."""
-    qwen2 = config.model_type == "qwen2"
-    bias = bool(getattr(config, "attention_bias", False))
+    family = config.model_type
+    bias = family in ("llama", "qwen3") and bool(config.attention_bias)
     return LayerShape(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -63,11 +73,17 @@ def layer_shape(config: Any) -> LayerShape:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         eps=config.rms_norm_eps,
-        qkv_bias=qwen2 or bias,
-        out_bias=bias and not qwen2,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        head_norms=config.model_type == "qwen3",
+        qkv_bias=family == "qwen2" or bias,
+        out_bias=bias,
+        mlp_bias=family == "llama" and bool(config.mlp_bias),
+        head_norms=family == "qwen3",
     )
+
+
+def count_weights(config: Any) -> int:
+    """Numbers in the matrices that a pass reads: those of the layers and of the LM head."""
+    weights: int = config.num_hidden_layers * layer_shape(config).weights + config.vocab_size * config.hidden_size
+    return weights
 
 
 def inverse_frequencies(config: Any) -> tuple[Tensor, float]:
@@ -126,7 +142,7 @@ class LlamaTarget(Target):
     """A Llama-family model with a static cache and packed weights.
 
     Args:
-        config: the transformers configuration.
+        config: the transformers configuration; one that `unsupported` has nothing against.
         tensors: the weights under their Hugging Face names, in any order; read once.
         spec: what the other rooms may know.
         dtype: of the weights and of the inputs of matrix products; int8 on the native kernels alone.
@@ -134,7 +150,6 @@ class LlamaTarget(Target):
         native: whether the C++ kernels run it; else torch does.
 
     Raises:
-        UnsupportedModel: this runtime would compute the model wrongly.
         CorruptCheckpoint: a weight is missing or has another shape.
     """
 
@@ -147,9 +162,7 @@ class LlamaTarget(Target):
         device: torch.device,
         native: bool = False,
     ) -> None:
-        reason = unsupported(config)
-        if reason is not None:
-            raise UnsupportedModel(f"the fast runtimes cannot run {spec.name}: {reason}; use runtime 'hf'")
+        assert unsupported(config) is None
         self.config = config
         self.spec = spec
         self.dtype = dtype
@@ -170,8 +183,7 @@ class LlamaTarget(Target):
         self.head = Linear.of(self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding))
         self._load(tensors, config.num_hidden_layers, loaded)
         self._native = self._decoder()
-        weights = config.num_hidden_layers * self.shape.weights + config.vocab_size * config.hidden_size
-        self.weight_bytes = weights * dtype.itemsize
+        self.weight_bytes = count_weights(config) * dtype.itemsize
 
     @property
     def stack(self) -> Stack:

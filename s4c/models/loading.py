@@ -37,21 +37,30 @@ DTYPES = {
 }
 SHORTEST_CONTEXT = 8
 
+SIZES = """
+    vocab_size hidden_size intermediate_size head_dim
+    num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings
+    d_model n_embd n_layer n_head n_positions num_layers num_heads
+    """
+LARGEST_SIZE = 1 << 24
+"""What counts something in a config.json, and the most that it may count."""
+
 HUB_FILES = [*weights.COMPANIONS, "model*.safetensors"]
 """What is fetched of a hub repository."""
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str | Path) -> Path:
     """The directory of a model: config.json, safetensors, and tokenizer files if it has them.
 
     Args:
-        name: a built-in alias, a Hugging Face directory, a .gguf file or a hub id.
+        name: a built-in alias, a Hugging Face directory, a .gguf file or a hub id; a path is taken for its text.
 
     Raises:
         ValueError: the name leads nowhere; the message says what can be given.
         CorruptCheckpoint: the directory lacks config.json or safetensors.
         UnsupportedModel: the GGUF file cannot be converted.
     """
+    name = str(name)
     path = Path(name).expanduser()
     if name in BUILTIN:
         directory = builtin_directory(name)
@@ -100,7 +109,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_target(
-    name: str,
+    name: str | Path,
     *,
     runtime: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -129,21 +138,29 @@ def load_target(
     directory = resolve(name)
     config = load_config(directory)
     spec = TargetSpec(
-        name=name,
+        name=str(name),
         fingerprint=weights.fingerprint(directory),
         vocab_size=config.get_text_config().vocab_size,
         hidden_size=config.get_text_config().hidden_size,
         context_length=choose_context(config, context_length),
         eos_token_ids=eos_token_ids(directory),
     )
-    chosen, _ = choose_runtime(runtime, config, number, place)
+    chosen, why = choose_runtime(runtime, config, number, place)
     if chosen != "hf":
-        from s4c.models.llama import LlamaTarget
+        from s4c.models.llama import LlamaTarget, count_weights
 
+        wanted, held = count_weights(config), sum(shard.stat().st_size for shard in weights.shards(directory))
+        if wanted > held:
+            raise CorruptCheckpoint(
+                f"the config.json in {directory} describes {wanted} weights; its safetensors hold {held} bytes"
+            )
         return LlamaTarget(config, _with_progress(directory), spec, number, place, chosen == "native")
     from s4c.models.hf import HFTarget
 
-    return HFTarget.from_directory(directory, spec, number, place)
+    try:
+        return HFTarget.from_directory(directory, spec, number, place)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error} (the runtime was hf: {why})") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -167,12 +184,15 @@ def choose_runtime(wanted: str, config: Any, dtype: torch.dtype, device: torch.d
 
     Raises:
         ValueError: the native runtime, or a dtype that only it knows, was asked for and cannot run here.
+        UnsupportedModel: the torch runtime was asked for, and would compute the model wrongly.
     """
     from s4c.models.llama import unsupported
     from s4c.models.native import library
     from s4c.models.native.linear import DTYPES as NATIVE
 
     other = unsupported(config)
+    if wanted == "torch" and other is not None:
+        raise UnsupportedModel(f"the fast runtimes cannot run this model: {other}; use runtime hf")
     if wanted in ("torch", "hf"):
         problem: str | None = f"runtime {wanted} was asked for"
     elif other is not None:
@@ -211,24 +231,43 @@ def load_config(directory: Path) -> Any:
     """The transformers configuration of a model directory.
 
     Raises:
-        UnsupportedModel: transformers does not know this type of model without running code that comes with
-            it, or it is an encoder-decoder model.
+        UnsupportedModel: a field makes no sense, transformers does not know this type of model without running
+            code that comes with it, or it is an encoder-decoder model.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    model_type = weights.read_config(directory).get("model_type")
+    raw = weights.read_config(directory)
+    for part in (raw, raw.get("text_config")):
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if name in SIZES.split() and not isinstance(value, list):  # of some families one for each layer
+                _size(name, value)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    except Exception as error:  # of any class, for it computes with the fields before it looks at them
         raise UnsupportedModel(
-            f"transformers cannot read the configuration of {directory} (model type {model_type!r}) without code "
-            f"that comes with the model, which is never run: {_first_line(error)}"
+            f"transformers cannot read the configuration of {directory} (model type {raw.get('model_type')!r}; code "
+            f"that comes with a model is never run): {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{directory} is an encoder-decoder model; a target must be a causal language model")
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise UnsupportedModel(
+            f"the text_config in the config.json of {directory} is {config.get_text_config()!r}; a model of type "
+            f"{config.model_type!r} has none"
+        )
     return config
+
+
+def _size(name: str, value: Any) -> int | None:
+    """What a field that counts something says; None where it says nothing.
+
+    Raises:
+        UnsupportedModel: it is no such number.
+    """
+    if value is not None and not (type(value) is int and 1 <= value <= LARGEST_SIZE):
+        raise UnsupportedModel(f"{name} in config.json is {value!r}; it must be an integer from 1 to {LARGEST_SIZE}")
+    return value
 
 
 def choose_context(config: Any, wanted: int | None) -> int:
@@ -239,7 +278,7 @@ def choose_context(config: Any, wanted: int | None) -> int:
         UnsupportedModel: attention or rope would change inside the context, or the model names no length.
     """
     config = config.get_text_config()
-    most: int | None = getattr(config, "max_position_embeddings", None)
+    most = _size("max_position_embeddings", getattr(config, "max_position_embeddings", None))
     length = most if wanted is None else wanted
     if length is None:
         raise UnsupportedModel(
@@ -260,7 +299,8 @@ def choose_context(config: Any, wanted: int | None) -> int:
 def _limits(config: Any) -> Iterator[tuple[int, str]]:
     """Context lengths up to which a model is what both runtimes compute: full attention under a fixed rope."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    sliding = getattr(config, "use_sliding_window", True)
+    window = _size("sliding_window", getattr(config, "sliding_window", None)) if sliding else None
     if window is not None and (not kinds or "sliding_attention" in kinds):
         yield window, f"the model attends over a sliding window of {window} tokens"
     if "chunked_attention" in kinds:
@@ -272,7 +312,8 @@ def _limits(config: Any) -> Iterator[tuple[int, str]]:
     for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = part.get("rope_type", "default")
         if kind in ("dynamic", "longrope"):
-            fixed = part.get("original_max_position_embeddings") or config.max_position_embeddings
+            fixed = _size("original_max_position_embeddings", part.get("original_max_position_embeddings"))
+            fixed = fixed or config.max_position_embeddings
             yield fixed, f"the model's rope ({kind}) changes with the length of the text after {fixed} tokens"
 
 
@@ -284,15 +325,18 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     if generation.exists():
         try:
             found = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CorruptCheckpoint(f"{generation} is not a JSON object ({error})") from error
+        except (OSError, ValueError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{generation} cannot be read as a JSON object ({error})") from error
     if found is None:
         found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     if found is None and has_tokenizer(directory):
         found = load_tokenizer(directory).eos_token_id
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+        raise CorruptCheckpoint(f"eos_token_id of {directory} is {found!r}; it must be a token id or a list of them")
+    return tuple(tokens)
 
 
 def has_tokenizer(directory: Path) -> bool:

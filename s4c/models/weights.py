@@ -57,8 +57,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptCheckpoint(f"{directory} holds no config.json, so it is not a Hugging Face model") from None
-    except ValueError as error:
-        raise CorruptCheckpoint(f"{path} is not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise CorruptCheckpoint(f"{path} holds no JSON object")
     return config
@@ -67,14 +67,15 @@ def read_config(directory: Path) -> dict[str, Any]:
 def shards(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, in the order of their names.
 
+    A whole file goes before shards, as in transformers.
+
     Raises:
         CorruptCheckpoint: there are none, or one that the index names is missing.
     """
-    index = directory / INDEX
+    index, single = directory / INDEX, directory / WEIGHTS
+    if single.exists():
+        return [single]
     if not index.exists():
-        single = directory / WEIGHTS
-        if single.exists():
-            return [single]
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "none"
         raise CorruptCheckpoint(
@@ -83,12 +84,13 @@ def shards(directory: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [directory / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{index} is not an index of shards ({error!r})") from error
-    missing = [name for name in names if not (directory / name).exists()]
+    missing = [name for name, path in zip(names, paths, strict=True) if not path.exists()]
     if missing:
         raise CorruptCheckpoint(f"{directory} lacks {', '.join(missing)}, which {INDEX} names; fetch it again")
-    return [directory / name for name in names]
+    return paths
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
