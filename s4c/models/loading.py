@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def load_target(
     *,
     runtime: str = "auto",
     dtype: str | torch.dtype = "auto",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     context_length: int | None = None,
 ) -> Target:
     """Load a target.
@@ -163,12 +164,13 @@ def load_target(
         raise UnsupportedModel(f"{error} (the runtime was hf: {why})") from error
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """The device of that name: `auto`, `cpu`, `cuda`, `cuda:N`.
 
     Raises:
         ValueError: it is not known, or not there.
     """
+    name = str(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
@@ -285,15 +287,16 @@ def choose_context(config: Any, wanted: int | None) -> int:
             f"the configuration (model type {config.model_type!r}) names no context length; "
             "give one: context_length=N (--context-length N)"
         )
-    if length < SHORTEST_CONTEXT or (most is not None and length > most):
-        raise ValueError(f"context_length is {length}; it must be from {SHORTEST_CONTEXT} to {most or 'what you need'}")
+    if not (isinstance(length, Integral) and SHORTEST_CONTEXT <= length <= (most or length)):
+        allowed = f"an integer from {SHORTEST_CONTEXT} to {most or 'what you need'}"
+        raise ValueError(f"context_length is {length!r}; it must be {allowed}")
     for limit, reason in _limits(config):
         if length > limit:
             raise UnsupportedModel(
                 f"{reason}, and a context of {length} tokens exceeds that; "
                 f"give context_length={limit} (--context-length {limit}) or less"
             )
-    return length
+    return int(length)
 
 
 def _limits(config: Any) -> Iterator[tuple[int, str]]:
