@@ -66,7 +66,7 @@ class Prophet(Drafter):
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     directory = tiny_models.save(tmp_path_factory.mktemp("model"), "llama", seed=3)
-    return LLM(str(directory), "none", max_batch=4)
+    return LLM(directory, "none", max_batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ class LLM:
 
     def __init__(
         self,
-        target: str | Target = "smollm2-135m",
+        target: str | Path | Target = "smollm2-135m",
         drafter: str | Path | Drafter = "auto",
         *,
         rule: str = "coupled",
@@ -108,7 +108,7 @@ class LLM:
         if tree not in ("auto", NAME):
             TreePlan.parse(tree)
         self.tokenizer: Any = None
-        if isinstance(target, str):
+        if not isinstance(target, Target):
             directory = resolve(target)
             self.tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
             target = load_target(target, runtime=runtime, dtype=dtype, device=device, context_length=context_length)
