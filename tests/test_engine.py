@@ -13,6 +13,7 @@ import torch
 from s4c import LLM, SamplingParams
 from s4c.drafters.base import Drafter, Sequences
 from s4c.drafters.s4c import S4CConfig, S4CModel
+from s4c.engine.llm import Chunk
 from s4c.engine.sequence import Detokenizer, Sequence
 from s4c.errors import BadLogits
 from s4c.types import DraftTree
@@ -313,6 +314,8 @@ def test_prompts_that_nobody_can_read_are_refused(chatty: LLM, monkeypatch: pyte
         chatty.generate("caf\udce9")
     with pytest.raises(ValueError, match="UTF-8"):
         chatty.generate([{"role": "user", "content": "\ud800"}])
+    with pytest.raises(ValueError, match="must have a string `role`"):
+        chatty.generate([{"role": "user", "content": "hi"}, "hello"])
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
     with pytest.raises(ValueError, match="refuses this chat: System role not supported"):
         chatty.generate([{"role": "system", "content": "hi"}])
@@ -355,6 +358,52 @@ def test_whoever_is_open_outlives_what_ends_another(llm: LLM, what: str, error: 
     assert told == plain
     assert llm._engine.scheduler.idle
     assert llm.generate(PROMPTS[0], params).token_ids == plain
+
+
+@pytest.mark.parametrize("step", ["propose", "verify", "commit"])
+def test_a_stream_closed_in_the_midst_of_a_round_leaves_the_others_where_they_are(llm: LLM, step: str) -> None:
+    """As the garbage collector may close it, anywhere in Python code."""
+    params = SETTINGS["sampled"]
+    llm.use("ngram")
+    plain = llm.generate(PROMPTS[1], params).token_ids
+    closed = llm.stream(PROMPTS[0], params)
+    next(closed)
+    stream = llm.stream(PROMPTS[1], params)
+    told = next(stream).token_ids
+    owner: Any = llm.drafter if step == "propose" else llm.target
+    usual = getattr(owner, step)
+
+    def closing(*given: Any) -> Any:
+        closed.close()
+        return usual(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, closing)
+        told += [token for chunk in stream for token in chunk.token_ids]
+    assert told == plain
+    assert llm._engine.scheduler.idle
+
+
+def test_an_interrupt_while_sequences_move_loses_none(llm: LLM) -> None:
+    params = SETTINGS["sampled"]
+    llm.use("ngram")
+    plain = llm.generate(PROMPTS[2], params).token_ids
+    outcomes = llm.complete(PROMPTS[:2], [replace(params, max_new_tokens=2), params])
+    next(outcomes)
+    stream = llm.stream(PROMPTS[2], params)
+    move, calls = llm.target.move, iter(range(100))
+
+    def interrupted(source: int, destination: int) -> None:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        move(source, destination)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.target, "move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(outcomes)
+        assert [token for chunk in stream for token in chunk.token_ids] == plain
+    assert llm._engine.scheduler.idle
 
 
 def test_a_prompt_that_cannot_be_cached_ends_its_own_call_whoever_takes_the_step(llm: LLM) -> None:
@@ -479,6 +528,26 @@ def test_bad_requests_are_refused_and_the_others_live(
         llm.generate([PROMPTS[0], prompt], [SamplingParams(), params])
     assert llm._engine.scheduler.idle
     assert len(llm.generate(PROMPTS[0], SamplingParams(max_new_tokens=3, ignore_eos=True)).token_ids) == 3
+
+
+def test_a_stream_tells_all_its_text_before_its_error(chatty: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    chatty.use("none")
+    plain = chatty.generate("hello", SamplingParams(max_new_tokens=3))
+    verify, passes = chatty.target.verify, iter(range(100))
+    params = SamplingParams(stop=[plain.text + " and what never comes"])  # so all text is held back
+
+    def broken(tree: DraftTree, taps: Any) -> Any:
+        output = verify(tree, taps)
+        if next(passes) == 3:
+            output.logits[:] = torch.nan
+        return output
+
+    monkeypatch.setattr(chatty.target, "verify", broken)
+    chunks: list[Chunk] = []
+    with pytest.raises(BadLogits, match="NaN"):
+        chunks.extend(chatty.stream("hello", params))
+    assert "".join(chunk.text for chunk in chunks) == plain.text != ""
+    assert all(chunk.generation is None for chunk in chunks)
 
 
 def test_an_empty_prompt_is_refused(chatty: LLM) -> None:

@@ -125,6 +125,24 @@ def test_what_is_recorded_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_slot_keeps_nothing_of_an_ended_sequence_that_was_not_finite(moved: bool) -> None:
+    stack = stack_of()
+    stack.records = True
+    stack.reserve(2, 64)
+    for slot, spoilt in enumerate((True, False)):
+        for step in range(20):
+            x = random(1, 1, 32, seed=step)
+            stack.run(x * torch.nan if spoilt else x, torch.tensor([[-1]]), first_slot=slot)
+            stack.keep(slot, [0])
+    if moved:
+        stack.lengths[1] = 5
+        stack.move(1, 0)
+    else:
+        stack.start(0)
+    assert stack.run(random(1, 1, 32, seed=0), torch.tensor([[-1]])).isfinite().all()
+
+
 def test_generation_is_what_it_was(tmp_path: Path) -> None:
     llm = LLM(str(tiny_models.save(tmp_path, "llama")), "none", runtime="torch", max_batch=2)
     prompts = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 42, 43]]

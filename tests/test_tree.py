@@ -298,7 +298,7 @@ def test_root_only() -> None:
     check_contract(tree)
 
 
-@pytest.mark.parametrize("text", ["comb:100000", "best:5000", "chain:1024", "comb:64x64"])
+@pytest.mark.parametrize("text", ["comb:100000", "best:5000", "best:16x5000", "chain:1024", "comb:64x64"])
 def test_a_plan_that_no_machine_wants_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="at most 1024 nodes"):
         TreePlan.parse(text)

@@ -91,7 +91,7 @@ def distill(
         f"s4c: {out} holds {result.rows} rows, {result.new_rows} of them new ({result.new_tokens} tokens){left_out}",
         err=True,
     )
-    if result.failures:
+    if result.failures and texts is not None:  # in place of prompts of its own that failed the target wrote others
         typer.echo(
             f"s4c: {len(result.failures)} requests failed and gave no row, such as: {result.failures[0]}. The same "
             "command asks again for rows that are missing",

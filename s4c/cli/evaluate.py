@@ -59,7 +59,7 @@ def evaluate(
     folder = _folder(llm, drafter)
     if tree == "auto":  # the drafter's own, so that its figures do not depend on this machine
         llm.use(llm.drafter, llm.drafter.default_tree)
-    report: dict[str, Any] = {"drafter": str(folder or drafter), "tree": llm.tree, "rule": title(rule)}
+    report: dict[str, Any] = {"drafter": drafter, "tree": llm.tree, "rule": title(rule)}
     report["rows"] = len(chosen)
     with options.spinner("features of the target"):
         features = _features(llm, chosen, llm.drafter.taps)
@@ -171,9 +171,9 @@ def _engine(llm: LLM, prompts: list[list[int]], temperature: float, max_new_toke
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     done = llm.generate(prompts, params)
-    failed = [number for number, generation in enumerate(done) if generation.error]
+    failed = [generation.error for generation in done if generation.error]
     if failed:
-        raise BadLogits(f"{len(failed)} of {len(done)} prompts failed, such as: {done[failed[0]].error}", failed)
+        raise BadLogits(f"{len(failed)} of {len(done)} prompts failed, such as: {failed[0]}")
     rounds, tokens = (sum(getattr(g.stats, name) for g in done) for name in ("rounds", "new_tokens"))
     return {"mean_acceptance_length": tokens / rounds, "rounds": rounds, "new_tokens": tokens, "prompts": len(done)}
 

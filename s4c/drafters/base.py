@@ -92,7 +92,7 @@ class Drafter(ABC):
         """Make room for `slots` sequences of `length` tokens each; what is held stays."""
 
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
-        """Start a sequence in a slot: [n] tokens of the prompt but its last, and their features [n, d (1 + taps)]."""
+        """Start a sequence in a slot: [n] tokens of its text but the last, and their features [n, d (1 + taps)]."""
 
     @abstractmethod
     def propose(self, sequences: Sequences) -> DraftTree:
@@ -228,7 +228,7 @@ def check_least(config: Any, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if not bound <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be at least {bound}")
+            raise ValueError(f"{name} is {value}; it must be at least {bound}, and finite")
 
 
 def drafting_dtype(target: Target) -> torch.dtype:

@@ -314,8 +314,8 @@ def _token_ids(tensors: Mapping[str, Tensor], vocab_size: int, path: Path) -> Te
 
 
 def _partial(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.partial")
+    return directory.absolute().with_name(f".{directory.absolute().name}.partial")
 
 
 def _old(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.old")
+    return directory.absolute().with_name(f".{directory.absolute().name}.old")

@@ -220,7 +220,7 @@ class DraftModelDrafter(Drafter):
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, features: Tensor) -> None:
         self._stack.reserve(slot + 1, tokens.shape[0])
-        self._stack.lengths[slot] = 0
+        self._stack.start(slot)
         for chunk in tokens.to(self._embedding.device).split(PREFILL_CHUNK) if tokens.shape[0] else ():
             chain = torch.arange(-1, chunk.shape[0] - 1, device=chunk.device)[None]
             self._stack.run(self._embedding[chunk][None], chain, slot)
@@ -240,13 +240,13 @@ class DraftModelDrafter(Drafter):
         hidden = self._stack.run(self._embedding[rows.tokens], rows.parents)
         hidden = hidden.gather(1, rows.frontier[..., None].expand(-1, -1, hidden.shape[-1]))
         extend(sequences, builder, self._head(hidden).float(), self._token_ids)
-        while builder.open and bool((sure := builder.confidence >= self._stop).any()):
+        while builder.open and any(sure := (builder.confidence >= self._stop).tolist()):
             pending = rows.count
             rows.expand(builder)
             hidden = self._stack.run(self._embedding[rows.tokens[:, pending:]], rows.parents, pending=pending)
             logits = self._head(hidden).float()
-            if not sure.all():
-                logits = logits.masked_fill(~sure[:, None, None], -torch.inf)
+            if not all(sure):
+                logits[[row for row, goes_on in enumerate(sure) if not goes_on]] = -torch.inf
             extend(sequences, builder, logits, self._token_ids)
         self._rows = rows
         return finish(sequences, builder)
@@ -286,8 +286,8 @@ def create(target: Target, argument: str) -> DraftModelDrafter:
         name, runtime="native" if native else "torch", dtype=drafting_dtype(target), device=str(target.device)
     )
     assert isinstance(model, LlamaTarget)
-    rows = model.embedding_weight()
-    drafter = DraftModelDrafter(model.stack, rows, model.head, None, native, stop=_probability(stop))
+    stop_at = _probability(stop)
+    drafter = DraftModelDrafter(model.stack, model.embedding_weight(), model.head, None, native, stop=stop_at)
     drafter.settings = f"{model.spec.fingerprint} {argument}"
     return drafter
 

@@ -381,7 +381,7 @@ class S4CDrafter(Drafter):
         tokens, features = tokens[-window:], features[-window - 1 :]
         self.reserve(slot + 1, tokens.shape[0])
         for stack in self._stacks:
-            stack.lengths[slot] = 0
+            stack.start(slot)
         state = _Slot([], self._rows(features), features.new_zeros(len(self._stacks) - 1, features.shape[1]))
         for start in range(0, tokens.shape[0], PREFILL_CHUNK):
             chunk = tokens[None, start : start + PREFILL_CHUNK]

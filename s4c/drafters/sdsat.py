@@ -6,8 +6,9 @@ it, and its output is a guess of token t + j + 1 (that of t + 1 is the target's 
 drafts k tokens at once; each is guessed without knowing the ones before it, by a law of its own position.
 
 A round hangs probes below the root, and the next round drafts a tree from their k laws (the paper's two steps); with
-`fused`, the nodes of that tree that are most likely to be the last accepted ones carry probes as well, and every
-round drafts. Whatever the last accepted node, the deepest node above it with probes tells what to draft next.
+`fused`, the nodes of that tree that are most likely to be the last accepted ones (of drawn trees: that have the most
+nodes below them) carry probes as well, and every round drafts. Whatever the last accepted node, the deepest node above
+it with probes tells what to draft next.
 
 The target's own weights stay as they are. The adaptive tokens have embeddings and low-rank terms (models/adapter.py)
 that act at their rows alone, so the outputs of all other tokens are those of the base model.

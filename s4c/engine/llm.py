@@ -45,7 +45,7 @@ Prompt = str | Chat | Ordered[int]
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one round added to a streamed request.
+    """What was added to a streamed request since the last one, by a round or, where others decode beside it, a few.
 
     Attributes:
         text: new text; it never holds a part of a stop string.
@@ -95,7 +95,7 @@ class LLM:
         rule: str = "coupled",
         tree: str = "auto",
         dtype: str | torch.dtype = "auto",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         runtime: str = "auto",
         context_length: int | None = None,
         max_batch: int = 8,
@@ -179,7 +179,7 @@ class LLM:
         return self._run(list(prompts), params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Decode one prompt and yield what each round adds; closing the iterator stops the request.
+        """Decode one prompt and yield what is added, round by round; closing the iterator stops the request.
 
         Raises:
             BadLogits: the target's logits were unusable; what came before them was yielded.
@@ -199,8 +199,10 @@ class LLM:
                     text=sequence.released_text(),
                     token_ids=sequence.tokens[-len(new) :],
                     origins=new,
-                    generation=sequence.generation() if sequence.finished and sequence.error is None else None,
+                    generation=sequence.generation() if sequence.complete else None,
                 )
+            if rest := sequence.released_text():
+                yield Chunk(rest, [], [], None)
             if sequence.failure is not None:
                 raise sequence.failure
             if sequence.error is not None:
@@ -275,7 +277,8 @@ class LLM:
         if not tokenizer.chat_template:
             raise ValueError(f"{self.target.spec.name} has no chat template; give a text instead of a chat")
         for message in messages:
-            if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+            parts = [message.get(part) for part in ("role", "content")] if isinstance(message, Mapping) else [None]
+            if not all(isinstance(part, str) for part in parts):
                 raise ValueError(f"message {message!r} of the chat must have a string `role` and a string `content`")
             _encodable(message["content"])
         try:

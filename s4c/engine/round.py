@@ -51,15 +51,13 @@ class Engine:
         self.noise = NoiseTable(target.spec.vocab_size, target.device, noise_kernel(target.device))
 
     @torch.no_grad()
-    def step(self) -> list[Sequence]:
-        """One round for all running sequences.
-
-        Returns:
-            The sequences that took part, the ones that it ended among them; empty when there is nothing to do.
-        """
+    def step(self) -> None:
+        """One round for all running sequences."""
         try:
+            self.scheduler.retire()
             self._admit()
-            return self._round(list(self.scheduler.running)) if self.scheduler.running else []
+            if self.scheduler.running:
+                self._round(list(self.scheduler.running))
         except BaseException:
             self.scheduler.requeue()
             raise
@@ -72,8 +70,9 @@ class Engine:
             except Exception as failure:
                 sequence.failure = failure
                 self.scheduler.cancel(sequence)
+                self.scheduler.retire()
 
-    def _round(self, running: list[Sequence]) -> list[Sequence]:
+    def _round(self, running: list[Sequence]) -> None:
         started = time.perf_counter()
         timer = StepTimer()
         with timer.step("schedule"):
@@ -91,11 +90,10 @@ class Engine:
             self.drafter.commit(tree, verdict, output)
         with timer.step("schedule"):
             for row, (sequence, (_, tokens)) in enumerate(zip(running, judged.lines, strict=True)):
-                sequence.append(tokens, logprobs[row] if logprobs else None)
+                if not sequence.finished:  # cancelled meanwhile
+                    sequence.append(tokens, logprobs[row] if logprobs else None)
         self.planner.record(verdict, timer.seconds)
         self._account(running, tree, timer, time.perf_counter() - started)
-        self.scheduler.retire()
-        return running
 
     def _sequences(self, running: list[Sequence]) -> Sequences:
         """The running sequences as the drafter sees them."""

@@ -29,7 +29,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self.waiting
+        return not self.waiting and all(sequence.finished for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
@@ -46,27 +46,24 @@ class Scheduler:
 
     def requeue(self) -> None:
         """Let all that run wait, before the others: what their slots hold is not to be relied on."""
-        unfinished = [sequence for sequence in self.running if not sequence.finished]
+        unfinished = dict.fromkeys(sequence for sequence in self.running if not sequence.finished)
         for sequence in unfinished:
             sequence.slot = -1
         self.waiting.extendleft(reversed(unfinished))
         self.running.clear()
 
-    def retire(self) -> list[Sequence]:
+    def retire(self) -> None:
         """Take out the finished sequences and close the gaps."""
-        finished = [sequence for sequence in self.running if sequence.finished]
-        for sequence in finished:
-            last = self.running.pop()
+        for sequence in [sequence for sequence in self.running if sequence.finished]:
+            last = self.running[-1]
             if last is not sequence:
                 self._move(last.slot, sequence.slot)
                 last.slot = sequence.slot
                 self.running[last.slot] = last
-        return finished
+            self.running.pop()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a request, waiting or running."""
+        """Drop a request: at once where it waits; where it runs, its slot is free when the next round begins."""
+        sequence.finish_reason = sequence.finish_reason or "cancelled"
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        elif sequence in self.running:
-            sequence.finish_reason = sequence.finish_reason or "cancelled"
-            self.retire()

@@ -114,6 +114,11 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def complete(self) -> bool:
+        """Whether it has ended as it should."""
+        return self.finished and self.error is None and self.failure is None
+
+    @property
     def output(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 

@@ -19,7 +19,7 @@ class Stats:
         new_tokens: tokens generated, a closing end-of-sequence token included.
         acceptance_histogram: entry a is the number of rounds that committed a + 1 tokens.
         tree_sizes: rounds by the nodes of their trees, the root included.
-        prefill_seconds: from the start of the prefill to the first round.
+        prefill_seconds: of prefills: one, unless rounds of the engine were broken off.
         decode_seconds: from the first round to the last.
         steps: seconds by step of the round.
     """

@@ -76,11 +76,12 @@ class Target(ABC):
 
     @abstractmethod
     def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
-        """Put a prompt into an empty slot, whatever the slot held before.
+        """Put a text into a slot, whatever the slot held before.
 
         Args:
             slot: index of the slot.
-            tokens: [n] int64, n >= 0: the prompt without its last token, which is the first root.
+            tokens: [n] int64, n >= 0: the prompt, and what was written already if the engine was interrupted, without
+                the last token, which is the next root.
             taps: numbers of layers, ascending, from 1 to `layers` - 1.
 
         Returns:
@@ -93,7 +94,7 @@ class Target(ABC):
 
         Each node sees the committed tokens of its sequence, its ancestors and itself. The cached length of
         no slot changes. With `taps`, as for `prefill`, the features are as wide as there. A node whose numbers
-        are not finite spoils those alone that see it.
+        are not finite spoils those alone that see it (on a GPU the other nodes of its tree as well).
         """
 
     @abstractmethod

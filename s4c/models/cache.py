@@ -70,16 +70,17 @@ class KVCache:
             self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, index]
         self.lengths[slot] += count
 
-    def clear(self, slots: slice, pending: int) -> None:
+    def clear(self, slots: slice, pending: int = 0) -> None:
         """Zero what stands behind the committed rows of these slots, and `pending` uncommitted ones."""
         for slot, length in enumerate(self.lengths[slots], slots.start):
             self.data[:, :, slot, :, length + pending :] = 0
 
     def move(self, source: int, destination: int) -> None:
-        """Copy the rows of one slot to another."""
+        """Copy the rows of one slot to another, and nothing behind them."""
         length = self.lengths[source]
         self.data[:, :, destination, :, :length] = self.data[:, :, source, :, :length]
         self.lengths[destination] = length
+        self.clear(slice(destination, destination + 1))
 
 
 class CacheView:

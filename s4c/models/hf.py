@@ -137,15 +137,19 @@ class HFTarget(Target):
 
     def verify(self, tree: DraftTree, taps: Sequence[int] = ()) -> TargetOutput:
         visible = trees.ancestors(tree.parents)
-        rows = []
+        rows, given = [], []
         for slot, (tokens, sees) in enumerate(zip(tree.tokens, visible, strict=True)):
             state = self._slots[slot]
             state.drop_tree()
             # A node past the context is cut by the engine whatever it holds; it only needs a position that exists.
             positions = (state.length + sees.sum(-1) - 1).clamp(max=self.spec.context_length - 1)
             seen = torch.cat([sees.new_ones(tree.size, state.length), sees], 1)
-            row = self._pass(tokens, positions, seen, state.cache, taps)
-            rows.append(row if row[1].isfinite().all() else self._node_by_node(tokens, positions, seen, state, taps))
+            rows.append(self._pass(tokens, positions, seen, state.cache, taps))
+            given.append((tokens, positions, seen, state, taps))
+        sound = torch.stack([features.isfinite().all() for _, features in rows]).tolist()  # a device is waited for once
+        for slot, whole in enumerate(sound):
+            if not whole:
+                rows[slot] = self._node_by_node(*given[slot])
         logits, features = zip(*rows, strict=True)
         return TargetOutput(torch.stack(logits), torch.stack(features))
 

@@ -199,7 +199,7 @@ class LlamaTarget(Target):
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor, taps: Sequence[int] = ()) -> Tensor:
         self._stack.reserve(slot + 1, tokens.shape[0])
-        self._stack.lengths[slot] = 0
+        self._stack.start(slot)
         features = [torch.empty(0, self.spec.hidden_size * (1 + len(taps)), device=self.device)]
         for chunk in tokens.to(self.device).split(PREFILL_CHUNK) if tokens.shape[0] else ():
             count = chunk.shape[0]

@@ -110,6 +110,10 @@ class Stack(ABC):
     def keep(self, slot: int, rows: list[int]) -> None:
         """Commit appended rows of a slot: ascending, counted from the first uncommitted one."""
 
+    def start(self, slot: int) -> None:
+        """Begin a sequence in a slot, whatever it held."""
+        self.lengths[slot] = 0
+
     @abstractmethod
     def move(self, source: int, destination: int) -> None:
         """Copy the sequence of one slot to another."""
@@ -123,8 +127,9 @@ class TorchStack(Stack):
     """`Stack` in torch: any device; also what the native kernels are tested against.
 
     Where an output is not finite, a row that others do not see may have spoilt it (a sibling, or what an ended
-    sequence left in the cache), and the pass is run again with masks that hold such rows off. Passes on a GPU are
-    not looked at, for the look would wait for them.
+    sequence left in the cache), and the pass is run again with masks that hold such rows off. Recorded passes are
+    not looked at, for the look would wait for them: there slots are emptied for each sequence, and siblings are not
+    safe from each other.
 
     Attributes:
         records: whether passes over few rows are recorded and replayed (recorded.py), as on a GPU.
@@ -228,6 +233,11 @@ class TorchStack(Stack):
 
     def keep(self, slot: int, rows: list[int]) -> None:
         self._cache.keep(slot, rows)
+
+    def start(self, slot: int) -> None:
+        super().start(slot)
+        if self.records:
+            self._cache.clear(slice(slot, slot + 1))
 
     def move(self, source: int, destination: int) -> None:
         self._cache.move(source, destination)

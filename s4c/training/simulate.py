@@ -26,7 +26,7 @@ from s4c.verify import tree as trees
 from s4c.verify.noise import NoiseTable
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreePlan
-from s4c.verify.verdict import ListedVerdict
+from s4c.verify.verdict import settled
 
 RANKS = 8
 """Acceptance is reported for the top 1 .. RANKS tokens of a head."""
@@ -150,8 +150,7 @@ def _judge(tree: DraftTree, running: Sequence[_Running], roots_at: Tensor) -> tu
         [[r.tokens[p + 1] if p + 1 < len(r.tokens) else -1 for p in row] for r, row in zip(running, at, strict=True)],
         device=tree.tokens.device,
     )
-    followed = rules.follow(tree, choice).lines
-    verdict = ListedVerdict([(path, [max(token, 0) for token in tokens]) for path, tokens in followed], choice.device)
+    verdict = settled(rules.follow(tree, choice))
     features = running[0].features.new_zeros(*tree.tokens.shape, running[0].features.shape[-1])
     for b, (r, (path, _)) in enumerate(zip(running, verdict.lines, strict=True)):
         start = int(roots_at[b])

@@ -106,7 +106,7 @@ def coins(seed: int, position: int, count: int) -> np.ndarray:
 
 
 class NoiseTable:
-    """Noise rows by (seed, stream, position), each made once while it is in use.
+    """Noise rows by (seed, stream, position), each made once while it is in use: up to `AHEAD` of a request.
 
     Args:
         size: tokens of a row.

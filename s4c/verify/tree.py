@@ -291,7 +291,7 @@ class TreePlan:
         kind, number, levels = (match[1], int(match[2]), int(match[3] or 0)) if match else ("", 0, 0)
         if match is None or number < 1 or (match[3] is not None and (levels < 1 or kind == "chain")):
             raise ValueError(f"tree {text!r} is not known; it must be {cls.FORMS}")
-        if (number - 1 if kind == "best" else number * max(levels, 1)) >= MOST_NODES:
+        if (max(number - 1, levels) if kind == "best" else number * max(levels, 1)) >= MOST_NODES:
             raise ValueError(f"tree {text!r} is too large; a tree has at most {MOST_NODES} nodes")
         if kind == "chain":
             return cls(kind, width=1, depth=number, nodes=number + 1)
