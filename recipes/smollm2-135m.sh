@@ -29,7 +29,7 @@ resume=()
 [ -d "$folder/run/steps" ] && resume=(--resume)
 [ -n "${START_FROM:-}" ] && resume+=(--init "$START_FROM")
 s4c train --method s4c --target "$target" --dtype bfloat16 --autocast bfloat16 "${data[@]}" --out "$folder/run" \
-    --cache "$folder/features" --set heads=2 --set layers=2 --set draft_vocab=4096 --batch-tokens 2048 --step-vocab 2048 --echo-loss \
+    --cache "$folder/features" --set heads=2 --set layers=2 --set draft_vocab=4096 --set sharpness=1.25 --batch-tokens 2048 --step-vocab 2048 --echo-loss \
     --learning-rate 1e-3 --warmup-steps 60 --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"
 
 s4c eval --target "$target" --drafter "$folder/run/best" "${data[@]}" --held-out 0.02

@@ -218,6 +218,7 @@ def test_without_a_context_vocabulary_the_draft_vocabulary_is_all(target: Any) -
         {"taps": "1"},
         {"echo": 1.0},
         {"echo": 0.3, "heads": 2, "context_vocab": 3},
+        {"echo": 0.3, "heads": 2, "sharpness": 1.5},
     ],
     ids=str,
 )
@@ -247,6 +248,16 @@ def test_a_draft_in_one_call_is_the_draft_level_by_level(
 
 
 @pytest.mark.parametrize("native", [True, False])
+def test_a_sharp_draft_is_surer_of_the_same_tokens(target: Any) -> None:
+    (_, blunt), (_, sharp) = (
+        Run(target, drafter_of(target, sharpness=sharpness)[1], PROMPTS, "comb:4x1").propose()
+        for sharpness in (1.0, 2.0)
+    )
+    assert torch.equal(sharp.tokens, blunt.tokens)
+    apart = [tree.belief[:, 0, 1:2] - tree.belief[:, 0, 2:] for tree in (blunt, sharp)]
+    torch.testing.assert_close(apart[1], 2 * apart[0])
+
+
 def test_a_loud_echo_says_what_followed_in_the_text(target: Any, native: bool) -> None:
     prompt = [4, 5, 6, 8, 4, 7, 4, 5]
     _, drafter = drafter_of(target, echo=1e6)

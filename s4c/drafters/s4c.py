@@ -75,6 +75,8 @@ class S4CConfig:
         draft_vocab: number of tokens that the drafter can propose, the most frequent ones; 0: all.
         context_vocab: most tokens of its own text that a sequence may draft besides, with a tied LM head.
         echo: how loud the text itself is beside the heads, see echo.py; 0: silent.
+        sharpness: what the log-probabilities of a draft are multiplied by: above 1 it is surer of what it finds
+            probable, and `best` trees are narrower and deeper.
         lm_head: `tied` reads the target's own LM head, `own` trains a copy of it, `low-rank` trains a
             factorisation that starts from its best approximation of that rank.
         rank: of a low-rank LM head.
@@ -92,6 +94,7 @@ class S4CConfig:
     draft_vocab: int = 8192
     context_vocab: int = 256
     echo: float = 1.0
+    sharpness: float = 1.0
     lm_head: str = "tied"
     rank: int = 128
     normed_output: bool = False
@@ -104,7 +107,7 @@ class S4CConfig:
 
     def __post_init__(self) -> None:
         check_least(self, heads=1, layers=1, rank=1, head_dim=2, window=1, rope_theta=1)
-        check_least(self, draft_vocab=0, context_vocab=0, echo=0, intermediate=0, depth=0)
+        check_least(self, draft_vocab=0, context_vocab=0, echo=0, sharpness=0.01, intermediate=0, depth=0)
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; it must be even, for rotary angles turn pairs of numbers")
         if self.lm_head not in LM_HEADS:
@@ -411,6 +414,8 @@ class S4CDrafter(Drafter):
         noise = noise_by_level(sequences, plan) if self._native is not None else None
         if self._native is not None and self._native.grows(plan) and noise is not None:
             temperatures = [request.temperature for request in sequences.scores.params]
+            if self.config.sharpness != 1:
+                temperatures = [(temperature or 1.0) / self.config.sharpness for temperature in temperatures]
             further = self._context.kernels(len(states)) if self._context else [None] * len(states)
             texts = self._echo.kernels(len(states)) if self._echo else None
             inputs = [state.features for state in states if isinstance(state.features, NativeGrowingRows)]
@@ -439,7 +444,8 @@ class S4CDrafter(Drafter):
                 inputs = _gather_rows(outputs[-1], rows.parents[:, -width:])
                 outputs[-1] = torch.cat([outputs[-1], self._run(-1, rows, inputs)], 1)
             logits, ids = self._logits(_gather_rows(outputs[-1], rows.frontier))
-            extend(sequences, builder, self._echo.joined(logits, ids, builder) if self._echo else logits, ids)
+            logits = self._echo.joined(logits, ids, builder) if self._echo else logits
+            extend(sequences, builder, self.config.sharpness * logits, ids)
         outputs = self._run_remaining(outputs, rows, features, carry)
         for state, brought in zip(states, self._carry(rows, outputs), strict=True):
             state.carry = brought
