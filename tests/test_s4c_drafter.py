@@ -247,7 +247,6 @@ def test_a_draft_in_one_call_is_the_draft_level_by_level(
                 run.tokens[slot] += verdict.tokens[slot, : count + 1].tolist()
 
 
-@pytest.mark.parametrize("native", [True, False])
 def test_a_sharp_draft_is_surer_of_the_same_tokens(target: Any) -> None:
     (_, blunt), (_, sharp) = (
         Run(target, drafter_of(target, sharpness=sharpness)[1], PROMPTS, "comb:4x1").propose()
@@ -258,6 +257,7 @@ def test_a_sharp_draft_is_surer_of_the_same_tokens(target: Any) -> None:
     torch.testing.assert_close(apart[1], 2 * apart[0])
 
 
+@pytest.mark.parametrize("native", [True, False])
 def test_a_loud_echo_says_what_followed_in_the_text(target: Any, native: bool) -> None:
     prompt = [4, 5, 6, 8, 4, 7, 4, 5]
     _, drafter = drafter_of(target, echo=1e6)
