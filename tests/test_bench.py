@@ -449,7 +449,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(
         (["--methods", "ngram,nobody"], "it must be auto, none, shipped, ngram"),
         (["--methods", ","], "--methods is ','; name at least one, or plain"),
         (["--peers", "hf,nobody"], "it must be one of hf, hf-lookup"),
-        (["--context-length", "7"], "context_length is 7; it must be from 8 to"),
+        (["--context-length", "7"], "context_length is 7; it must be an integer from 8 to"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--temperatures", "0;1"], "numbers with commas"),
