@@ -199,14 +199,12 @@ class LLM:
                     text=sequence.released_text(),
                     token_ids=sequence.tokens[-len(new) :],
                     origins=new,
-                    generation=sequence.generation() if sequence.complete else None,
+                    generation=sequence.generation() if sequence.succeeded else None,
                 )
             if rest := sequence.released_text():
                 yield Chunk(rest, [], [], None)
             if sequence.failure is not None:
                 raise sequence.failure
-            if sequence.error is not None:
-                raise BadLogits(sequence.error)
         finally:
             engine.scheduler.cancel(sequence)
 
@@ -221,7 +219,7 @@ class LLM:
             while index:
                 engine.step()
                 for sequence in list(takewhile(lambda sequence: sequence.slot >= 0, index)):
-                    if sequence.failure is not None:
+                    if sequence.failure is not None and not isinstance(sequence.failure, BadLogits):
                         raise sequence.failure
                     if sequence.finished:
                         yield index.pop(sequence), sequence.generation()

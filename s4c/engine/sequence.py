@@ -11,6 +11,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from s4c.engine.stats import Stats
+from s4c.errors import BadLogits
 from s4c.types import SamplingParams
 from s4c.verify.scores import why_lawless
 
@@ -84,7 +85,8 @@ class Sequence:
         tokens: prompt and output; the last one is the root of the next round.
         params: with the seed set.
         slot: where it stands in the caches while it runs; -1 while it waits.
-        failure: what went wrong when its text was to be cached.
+        failure: what ended it before its time: `BadLogits` where the target had no law, anything where its text was to
+            be cached.
         text: of the output, as far as somebody has asked for it.
     """
 
@@ -95,7 +97,6 @@ class Sequence:
     context_length: int
     slot: int = -1
     finish_reason: str | None = None
-    error: str | None = None
     failure: Exception | None = None
     text: str = ""
     origins: list[int] = field(default_factory=list)
@@ -114,9 +115,9 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
-    def complete(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether it has ended as it should."""
-        return self.finished and self.error is None and self.failure is None
+        return self.finished and self.failure is None
 
     @property
     def output(self) -> list[int]:
@@ -127,7 +128,7 @@ class Sequence:
         kept = 0
         for index, token in enumerate(tokens):
             if token < 0:
-                self.finish_reason, self.error = "error", why_lawless(token)
+                self.finish_reason, self.failure = "error", BadLogits(why_lawless(token))
                 break
             kept += 1
             self.tokens.append(token)
@@ -165,7 +166,7 @@ class Sequence:
             prompt_tokens=len(self.prompt),
             seed=self.params.seed,
             stats=self.stats,
-            error=self.error,
+            error=None if self.failure is None else str(self.failure),
         )
 
     def _end_at(self, token: int) -> str | None:
