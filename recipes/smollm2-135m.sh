@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The drafter that ships for smollm2-135m, from prompts to package.
+# A drafter like the one that ships for smollm2-135m, from prompts to package (docs/TRAINING.md has the trainings of that one).
 #
 #     recipes/smollm2-135m.sh [MORE_PROMPTS.jsonl ...]
 #
 # The target answers our own prompts (prompts.jsonl and topics.jsonl), those of the files given ({"prompt": "..."} a line; never
 # measure on questions that stand in them) and 2,000 prompts that it writes itself. On two CPU cores the text takes
 # hours and the training SECONDS_TO_TRAIN; on a GPU train longer. Started again, each step goes on where it stopped.
-# START_FROM=CHECKPOINT goes on with the heads and the draft vocabulary of an earlier drafter; its heads may have fewer layers.
+# START_FROM=CHECKPOINT goes on with the heads of an earlier drafter, which may have fewer layers, and with its draft vocabulary if that has as many tokens.
 set -euo pipefail
 
 here=$(dirname "$0")
@@ -33,4 +33,4 @@ s4c train --method s4c --target "$target" --dtype bfloat16 --autocast bfloat16 "
     --learning-rate 1e-3 --warmup-steps 60 --held-out 0.02 --eval-every 250 --save-every 250 --max-seconds "$seconds" "${resume[@]}"
 
 s4c eval --target "$target" --drafter "$folder/run/best" "${data[@]}" --held-out 0.02
-echo "to ship it: cp -r $folder/run/best s4c/shipped/smollm2-135m"
+echo "to ship it: cp $folder/run/best/* s4c/shipped/smollm2-135m/"

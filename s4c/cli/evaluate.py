@@ -44,7 +44,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens that the engine writes for a prompt.")] = 128,
     batch: Annotated[int, typer.Option(help="Prompts that the engine answers at once.")] = 8,
     seed: options.Seed = 0,
-    tree: options.Tree = "auto",
+    tree: options.RecommendedTree = "auto",
     rule: options.Rule = "coupled",
     *,
     how: options.How,

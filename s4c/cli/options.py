@@ -39,14 +39,21 @@ Drafter = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Tree = Annotated[
-    str,
-    typer.Option(
-        help="Shape of the draft trees: comb:K, best:N, chain:D, plan (what is fastest here, decided anew each "
-        "round), or auto (plan under the coupled rule, else what the drafter recommends).",
+
+
+def _tree(auto: str) -> Any:
+    forms = "comb:K or comb:KxD, best:N or best:NxD, chain:D (K children, D levels, N nodes with the root)"
+    return typer.Option(
+        help=f"Shape of the draft trees: {forms}, plan (what is fastest here, decided anew each round), or auto "
+        f"({auto}).",
         rich_help_panel=MODEL,
-    ),
+    )
+
+
+Tree = Annotated[
+    str, _tree("plan under the coupled rule where the drafter can be planned, else what the drafter recommends")
 ]
+RecommendedTree = Annotated[str, _tree("what the drafter recommends")]
 Rule = Annotated[
     str,
     typer.Option(

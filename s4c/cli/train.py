@@ -53,8 +53,8 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint to start from, of the same settings. A draft vocabulary of the same size is kept, one of "
-            "another size is counted anew.",
+            help="Checkpoint to start from, of the same sizes (S4C: fewer layers a head, or more heads, do as well). A "
+            "draft vocabulary of the same size is kept, one of another size is counted anew.",
             show_default="untrained heads",
         ),
     ] = None,
@@ -74,7 +74,9 @@ def train(
     ] = None,
     held_out: Annotated[float | None, _setting("0.03", "Share of the prompts kept for validation.")] = None,
     validation_rows: Annotated[int | None, _setting("64", "Most rows of a validation.")] = None,
-    tree: Annotated[str | None, _setting("the method's", "Tree of the simulated drafting.")] = None,
+    tree: Annotated[
+        str | None, _setting("the method's", "Tree of the simulated drafting, and the drafter's own.")
+    ] = None,
     eval_every: Annotated[int | None, _setting("200", "Steps between validations.")] = None,
     save_every: Annotated[int | None, _setting("200", "Steps between saved states.")] = None,
     log_every: Annotated[int | None, _setting("10", "Steps between lines of the log.")] = None,

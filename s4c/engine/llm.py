@@ -73,7 +73,7 @@ class LLM:
         rule: `coupled` (the tokens of plain decoding) or `rejection` (their law); or `typical`, which is lossy.
         tree: `comb:K`, `best:N`, `chain:D`, `plan` for the one that makes the most tokens per second, anew each round
             (what passes cost is measured once and kept in the cache folder), or `auto`: `plan` under the coupled rule,
-            and what the drafter recommends under others, and where it drafts and verifies in turns (SDSAT).
+            and what the drafter recommends under others, and where it cannot be planned (SDSAT in two steps).
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16`, `float16` or `int8`.
         device: `auto`, `cpu` or `cuda`.
         runtime: `auto`, `native`, `torch` or `hf`.
