@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +137,12 @@ def _list(value: object) -> bool:
 
 def _token_ids(value: Sequence[int]) -> bool:
     return _list(value) and all(_integer(token, 0) for token in value)
+
+
+def placed(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers in lists, on a device; nobody waits for what a GPU still has to do."""
+    made = torch.tensor(numbers, dtype=dtype)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -21,7 +22,7 @@ import torch
 
 from s4c import LLM, SamplingParams
 from s4c.bench.contestants import Contestant, Unavailable
-from s4c.bench.peers import PEERS, peer_named, split
+from s4c.bench.peers import PEERS, llama_cpp, peer_named, split
 from s4c.bench.peers.child import Child, serve
 from s4c.bench.peers.gguf_file import quantisation, write_gguf
 from s4c.bench.peers.setting import Setting
@@ -126,6 +127,30 @@ def test_a_quantised_gguf_file_is_near_the_weights(tmp_path: Path, dtype: str, l
     assert quantisation(tmp_path / "m.gguf") == dtype
     with pytest.raises(Unavailable, match=rf"cannot be quantised to {dtype}"):
         write_gguf(tiny_models.save(tmp_path, "llama", seed=1), tmp_path / "n.gguf", dtype)
+
+
+def test_llama_cpp_runs_where_the_others_do(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Model:
+        ctx = None
+
+        def n_vocab(self) -> int:
+            return 258
+
+    def load(*args: Any, **how: Any) -> Model:
+        asked.append(how["n_gpu_layers"])
+        return Model()
+
+    library = SimpleNamespace(Llama=load, llama_get_logits=None, llama_supports_gpu_offload=lambda: False)
+    monkeypatch.setattr(llama_cpp, "_library", lambda: library)
+    there = Setting(**{**asdict(setting), "device": "cuda:0"})
+    with pytest.raises(Unavailable, match="built without CUDA"):
+        llama_cpp.LlamaCpp("llama.cpp", Path("m.gguf"), there, True)
+    library.llama_supports_gpu_offload = lambda: True
+    for case in (setting, there):
+        llama_cpp.LlamaCpp("llama.cpp", Path("m.gguf"), case, True)
+    assert asked == [0, -1]
 
 
 def test_llama_cpp_writes_the_same(llm: LLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

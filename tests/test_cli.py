@@ -22,7 +22,7 @@ from s4c.cli import options
 from s4c.cli.compare import Comparison
 from s4c.cli.main import app
 from s4c.cli.stream import Painter
-from s4c.cli.train import parse_settings, train, trained_method
+from s4c.cli.train import own_gpu, parse_settings, train, trained_method
 from s4c.engine.llm import LLM, Chunk
 from s4c.engine.measure import SIZES
 from s4c.engine.sequence import Generation
@@ -115,6 +115,27 @@ def test_bad_input_ends_as_one_line(target: str, args: list[str], code: int, mes
     assert result.stderr.startswith("s4c: ")
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_gpu_that_is_full_ends_as_one_line(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(LLM, "stream", full)
+    monkeypatch.setattr(LLM, "generate", full)
+    result = run("generate", "x", "--target", target, code=1)
+    assert result.stderr.splitlines()[-1].startswith("s4c: the GPU has too little memory left for this (CUDA out of")
+    with pytest.raises(torch.OutOfMemoryError):
+        CliRunner().invoke(app, ["--debug", "generate", "x", "--target", target], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_of_a_training_takes_its_own_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_gpu(device) == device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_gpu(device) == "cuda:3"
+    assert own_gpu("cpu") == "cpu"
 
 
 def test_an_unknown_target_is_named() -> None:

@@ -235,6 +235,19 @@ def test_cuda_where_there_is_none(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     assert loading.choose_dtype(torch.float16, torch.device("cpu")) == torch.float16
 
 
+@pytest.mark.skipif(library.problem() is not None, reason="the native core is not there")
+@pytest.mark.parametrize("argument", [{"runtime": "native"}, {"dtype": "int8"}, {"dtype": torch.int8}], ids=str)
+def test_what_runs_on_a_cpu_alone_runs_there_beside_a_gpu(
+    llama: Path, argument: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    target = load_target(str(llama), **argument)
+    assert (target.runtime, target.device.type) == ("native", "cpu")
+    with pytest.raises(ValueError, match=r"run on a CPU, not on cuda; use runtime auto .* or device cpu"):
+        load_target(str(llama), device="cuda", **argument)
+
+
 def test_a_context_within_the_models(llama: Path) -> None:
     assert load_target(str(llama), context_length=64).spec.context_length == 64
     for length in (129, 0, -1, 64.0, "64"):

@@ -38,12 +38,12 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     monkeypatch.setenv("S4C_HOME", str(tmp_path / "home"))
     state = [0.0, 1.0, 0]
 
-    def now(target: Any) -> float:
+    def tick(device: torch.device) -> float:
         state[0] += state[1]
         state[2] += 1
         return state[0]
 
-    monkeypatch.setattr(measure, "now", now)
+    monkeypatch.setattr(measure, "clock", tick)
     return state
 
 

@@ -336,7 +336,7 @@ def test_a_tiny_s4c_overfits_a_tiny_corpus(tmp_path: Path, taps: str, echo_loss:
         ({"step_vocab": -1}, "step_vocab is -1; it must be 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"held_out": 1.0}, "held_out is 1.0"),
-        ({"autocast": "int8"}, "autocast is 'int8'; it must be one of none, bfloat16, float16"),
+        ({"autocast": "float16"}, "autocast is 'float16'; it must be one of none, bfloat16"),
         ({"tree": "oak"}, "tree 'oak' is not known"),
     ],
 )

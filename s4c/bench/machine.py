@@ -109,11 +109,20 @@ def provenance() -> dict[str, Any]:
         "versions": {"s4c": s4c.__version__, "python": platform.python_version(), **_versions()},
         "machine": {
             "cpu": _cpu(),
+            **_gpu(),
             "cores": psutil.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "system": f"{platform.system()} {platform.release()}",
         },
     }
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or "unknown"}
 
 
 def _versions() -> dict[str, str]:

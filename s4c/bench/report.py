@@ -236,7 +236,11 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             "load",
             f"averages {load['before']} before and {load['after']} after; others used {others['cores']:.2f} cores",
         ),
-        ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
+        (
+            "machine",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"
+            + (f"; {machine['gpu']}, CUDA {machine['cuda']}" if "gpu" in machine else ""),
+        ),
         ("versions", ", ".join(f"{name} {version}" for name, version in part["versions"].items())),
         ("commit", ", ".join(dict.fromkeys(str(p["commit"]) for p in summary["parts"]))),
         ("date", part["date"] if len(summary["parts"]) == 1 else f"{summary['parts'][0]['date']} to {part['date']}"),

@@ -189,7 +189,7 @@ def read_bandwidth(llm: LLM) -> float:
     """Bytes per second at which weights are read here: by the fastest of a few products with a matrix of 256 MB."""
     import torch
 
-    from s4c.engine.measure import now
+    from s4c.engine.stats import clock
     from s4c.models.layers import Linear
 
     linear = Linear.of(torch.ones(READ_BYTES // 4 // 1024, 1024, device=llm.target.device))
@@ -197,9 +197,9 @@ def read_bandwidth(llm: LLM) -> float:
     row = torch.ones(1, 1024, device=llm.target.device)
     seconds = []
     for _ in range(1 + PASSES):
-        started = now(llm.target)
+        started = clock(llm.target.device)
         linear(row)
-        seconds.append(now(llm.target) - started)
+        seconds.append(clock(llm.target.device) - started)
     return READ_BYTES / min(seconds)
 
 

@@ -39,6 +39,11 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"s4c: {error}", err=True)
             raise typer.Exit(1 if isinstance(error, (OSError, BadLogits, CorruptCheckpoint)) else 2) from None
+        except RuntimeError as error:
+            if ctx.params["debug"] or type(error).__name__ != "OutOfMemoryError":
+                raise
+            typer.echo(f"s4c: the GPU has too little memory left for this ({error})", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("s4c: interrupted", err=True)
             raise typer.Exit(130) from None

@@ -67,7 +67,7 @@ def train(
     step_vocab: Annotated[
         int | None, _setting("0", "Tokens of the draft vocabulary that a step looks at; 0: all.")
     ] = None,
-    autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16, float16.")] = None,
+    autocast: Annotated[str | None, _setting("none", "Precision of the drafter: none, bfloat16.")] = None,
     features: Annotated[str | None, _setting("cache", "Target's features: cache (on disk) or fly (anew).")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of cached features, for runs to share.", show_default="OUT/features")
@@ -118,7 +118,7 @@ def train(
     config = TrainConfig(**named, weights=LossWeights(**weights))
     line = trained_method(method, full)
     method_config = parse_settings(line, settings or [])
-    llm = options.load(target, "none", replace(how, device=_own(how.device)))
+    llm = options.load(target, "none", replace(how, device=own_gpu(how.device)))
     torch.set_num_threads(llm.threads)
     rows, held = _rows(data, llm.target, config)
     torch.manual_seed(config.seed)
@@ -211,12 +211,12 @@ def new_model(
     return method.model(target, config, frequent_tokens(rows, size, spec.vocab_size, spec.eos_token_ids))
 
 
-def _own(device: str) -> str:
+def own_gpu(device: str) -> str:
     """The GPU of this process among those of `accelerate launch`."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "auto" and rank is not None and torch.cuda.is_available() else device
+    return f"cuda:{rank}" if device in ("auto", "cuda") and rank is not None and torch.cuda.is_available() else device
 
 
 def _command() -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from s4c.models.base import Target
 from s4c.models.layers import packs
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict, placed
 from s4c.verify.noise import CPU, DRAFT_STREAM, TARGET_STREAM
 from s4c.verify.scores import Scores
 from s4c.verify.tree import TreeBuilder, TreePlan, ancestors, root_only
@@ -57,12 +57,12 @@ class Sequences:
     @cached_property
     def root_tokens(self) -> Tensor:
         """[B] int64, the same."""
-        return torch.tensor(self.roots, device=self.device)
+        return placed(self.roots, self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """[B] int64, where they stand (= the number of tokens that the target has cached)."""
-        return torch.tensor([len(line) - 1 for line in self.tokens], device=self.device)
+        return placed([len(line) - 1 for line in self.tokens], self.device)
 
 
 class Drafter(ABC):
@@ -318,7 +318,7 @@ def finish(sequences: Sequences, builder: TreeBuilder) -> DraftTree:
     if not sequences.sampled or builder.plan.kind == "best":
         return builder.finish()
     temperatures = [request.temperature for request in sequences.scores.params]
-    return builder.finish(torch.tensor(temperatures, device=sequences.device) > 0)
+    return builder.finish(placed(temperatures, sequences.device) > 0)
 
 
 class NoDrafter(Drafter):

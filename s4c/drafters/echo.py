@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from s4c.models.native.draft import Texts
+from s4c.types import placed
 from s4c.verify.tree import TreeBuilder
 
 WEIGHTS = (0.015, 0.18, 0.41, 1.5)
@@ -71,8 +72,8 @@ class Echo:
             token_ids: [V'] int64, the tokens of the columns.
             builder: the tree.
         """
-        texts = [torch.from_numpy(np.array(self._texts[slot])).to(logits.device) for slot in range(logits.shape[0])]
-        counts = torch.tensor([len(text) for text in texts], device=logits.device)[:, None]
+        texts = [placed(np.array(self._texts[slot]), logits.device) for slot in range(logits.shape[0])]
+        counts = placed([len(text) for text in texts], logits.device)[:, None]
         text = pad_sequence(texts, batch_first=True, padding_value=-1)
         places = torch.arange(text.shape[1] - 1, device=logits.device)
         same = (places < counts - 1)[:, None]

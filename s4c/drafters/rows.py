@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s4c.types import placed
 from s4c.verify.tree import TreeBuilder
 
 
@@ -30,7 +31,7 @@ class Rows:
         self.tokens = tokens
         self.parents = torch.arange(-1, self.text - 1, device=tokens.device).expand(batch, -1)
         self.counts = counts
-        self.frontier = torch.tensor(counts, device=tokens.device)[:, None] - 1
+        self.frontier = placed(counts, tokens.device)[:, None] - 1
         self._nodes = torch.zeros_like(self.frontier)
 
     @classmethod
@@ -38,7 +39,7 @@ class Rows:
         """The rows of text, [1 to M] tokens for each sequence."""
         counts = [len(line) for line in lines]
         longest = max(counts)
-        return cls(torch.tensor([line + [0] * (longest - len(line)) for line in lines], device=device), counts)
+        return cls(placed([line + [0] * (longest - len(line)) for line in lines], device), counts)
 
     @property
     def count(self) -> int:

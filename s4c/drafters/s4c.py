@@ -54,7 +54,7 @@ from s4c.models.native.draft import NativeDraft
 from s4c.models.native.growing import NativeGrowingRows
 from s4c.models.native.rows import native_top_and_total
 from s4c.models.stack import Rope, Stack, stack_class
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict, placed
 from s4c.verify.tree import TreePlan, root_only
 
 LM_HEADS = ("tied", "own", "low-rank")
@@ -400,7 +400,7 @@ class S4CDrafter(Drafter):
         for slot, line in enumerate(sequences.tokens if plan.nodes > 1 else ()):
             if self._stacks[0].lengths[slot] + len(self._slots[slot].tokens) >= 2 * self.config.window:
                 self._remember(slot)
-                text = torch.tensor(line[-1 - self.config.window : -1], dtype=torch.int64, device=self.device)
+                text = placed(line[-1 - self.config.window : -1], self.device, torch.int64)
                 features = self._slots[slot].features
                 self._take_in(slot, text, features.last(len(features)))
         states = [self._slots[slot] for slot in range(len(sequences.tokens))]

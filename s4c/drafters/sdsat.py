@@ -41,7 +41,7 @@ from s4c.models.base import Target
 from s4c.models.layers import Rotary, grouped_mask
 from s4c.models.llama import LlamaTarget, OpenModel
 from s4c.models.native.rows import native_top_and_total
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict, placed
 from s4c.verify.tree import TreePlan, ancestors, lines, root_only
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ class SDSATDrafter(Drafter):
             chance, nodes = chance.topk(min(self.config.fused, tree.size), dim=1)
             return nodes.where(chance > 0, -1)
         undrafted = [len(law) == 0 for law in laws]
-        return torch.tensor([[0 if none else -1] for none in undrafted], device=tree.tokens.device)[:, : any(undrafted)]
+        return placed([[0 if none else -1] for none in undrafted], tree.tokens.device)[:, : any(undrafted)]
 
     def _said(self, groups: dict[int, int], path: list[int]) -> list[int]:
         """Columns of the probes that speak of what follows the token behind a path, nearest first.

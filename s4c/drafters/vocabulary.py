@@ -21,6 +21,7 @@ from torch import Tensor
 from s4c.models.base import Target
 from s4c.models.layers import GrowingLinear
 from s4c.models.native.linear import NativeGrowing
+from s4c.types import placed
 
 
 @dataclass
@@ -82,7 +83,7 @@ class ContextVocabulary:
         words.rows = {token: row for token, row in words.rows.items() if row not in taken}
         words.rows |= dict(zip(new, rows, strict=True))
         words.seen += len(new)
-        ids, at = torch.tensor([new, rows], device=self._target.device)
+        ids, at = placed([new, rows], self._target.device)
         words.ids[at] = ids
         words.product.place(rows, self._target.head_weight(ids))
 
@@ -105,7 +106,7 @@ class ContextVocabulary:
         each = [self._slots[slot] for slot in range(batch)]
         union = sorted({token for words in each for token in words.rows})
         logits = hidden.new_full((batch, width, len(union)), -torch.inf, dtype=torch.float32)
-        ids = torch.tensor(union, dtype=torch.int64, device=hidden.device)
+        ids = placed(union, hidden.device, torch.int64)
         for b, words in enumerate(each):
             if words.count:
                 logits[b, :, torch.searchsorted(ids, words.ids[: words.count])] = words.product(hidden[b])

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from s4c.drafters.base import Drafter, Sequences
 from s4c.engine.costs import CONTEXT, Costs, interpolated
+from s4c.engine.stats import clock
 from s4c.models.base import Target
 from s4c.models.builtin import home, status
 from s4c.models.sampling import noise_kernel
@@ -185,9 +185,9 @@ def pass_seconds(
         for n in sizes:
             root, *path = some_tokens(target, n).tolist()
             tree = from_paths([root], [[path]], n, device=target.device)
-            started = now(target)
+            started = clock(target.device)
             work(tree)
-            times[n].append(now(target) - started)
+            times[n].append(clock(target.device) - started)
     return {n: of(values[1:]) for n, values in times.items()}
 
 
@@ -212,17 +212,17 @@ def draft_seconds(
             if len(line) + max(plan.nodes, 1) + drafter.probes > spec.context_length:
                 break
             scores = Scores(params, [line], [len(line)], noise, target.judge)
-            started = now(target)
+            started = clock(target.device)
             drafted = drafter.propose(Sequences([line], scores, False, plan, target.device))
-            taken = now(target) - started
+            taken = clock(target.device) - started
             if not told or drafted.candidate.any():
                 times[told if drafter.probes else levels].append(taken)
             tree = drafted if drafter.probes else root_only(line[-1:], target.device)
-            started = now(target)
+            started = clock(target.device)
             output = target.verify(tree, drafter.taps)
             verdict = settled(coupled(tree, output, scores))
             if drafter.probes and levels and tree.size < len(table):
-                surplus.append(now(target) - started - table[tree.size])
+                surplus.append(clock(target.device) - started - table[tree.size])
             target.commit(verdict)
             drafter.commit(tree, verdict, output)
             line += verdict.lines[0][1]
@@ -235,10 +235,3 @@ def some_tokens(target: Target, count: int) -> Tensor:
     """[count] int64, random but always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(target.spec.vocab_size, (count,), generator=generator).to(target.device)
-
-
-def now(target: Target) -> float:
-    """Seconds, with all work on the device done."""
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()

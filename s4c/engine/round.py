@@ -18,10 +18,10 @@ from s4c.drafters.base import Drafter, Sequences
 from s4c.engine.planner import Planner
 from s4c.engine.scheduler import Scheduler
 from s4c.engine.sequence import Sequence
-from s4c.engine.stats import StepTimer
+from s4c.engine.stats import StepTimer, clock
 from s4c.models.base import Target
 from s4c.models.sampling import noise_kernel
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict, placed
 from s4c.verify.noise import NoiseTable
 from s4c.verify.rules import Rule
 from s4c.verify.scores import Scores, seed_of
@@ -110,16 +110,16 @@ class Engine:
 
     def _prefill(self, sequence: Sequence) -> None:
         """Cache the text but its last token, which is the first root."""
-        started = time.perf_counter()
+        started = clock(self.target.device)
         sequence.stats.rule = self.rule_title
         limit = min(len(sequence.prompt) + sequence.params.max_new_tokens, self.target.spec.context_length)
         slots = min(self.scheduler.max_batch, len(self.scheduler.running) + len(self.scheduler.waiting))
         self.target.reserve(slots, limit + self.planner.pool)
         self.drafter.reserve(slots, limit + self.planner.pool)
-        tokens = torch.tensor(sequence.tokens[:-1], dtype=torch.int64, device=self.target.device)
+        tokens = placed(sequence.tokens[:-1], self.target.device, torch.int64)
         features = self.target.prefill(sequence.slot, tokens, self.drafter.taps)
         self.drafter.prefill(sequence.slot, tokens, features)
-        sequence.stats.prefill_seconds += time.perf_counter() - started
+        sequence.stats.prefill_seconds += clock(self.target.device) - started
 
     def _logprobs(
         self, tree: DraftTree, output: TargetOutput, verdict: Verdict, scores: Scores

@@ -5,8 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 STEPS = ("draft", "verify", "judge", "commit", "schedule")
 """The steps of a round, in order."""
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, with all work on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,8 +57,13 @@ class AdaptedRows:
 
     def terms(self, layer: int) -> Mapping[str, RowTerm]:
         """What is added to the products of a layer."""
-        layers = self.adapter.layers
-        return {name: RowTerm(low_rank, self.rows) for name, low_rank in layers[layer].items()} if layers else {}
+        layers, places = self.adapter.layers, self._places
+        return {name: RowTerm(low_rank, places) for name, low_rank in layers[layer].items()} if layers else {}
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, ...]:
+        """The same rows by their numbers: to find them a GPU is waited for."""
+        return self.rows.nonzero(as_tuple=True)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ class RowTerm:
 
     Attributes:
         low_rank: the term.
-        rows: [B, N] bool, or None for all of them.
+        rows: their sequences and columns, two of [R] int64, or None for all of them.
     """
 
     low_rank: LowRank
-    rows: Tensor | None = None
+    rows: tuple[Tensor, ...] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """[B, N, outputs], y with the term of x [B, N, inputs] added; y may be overwritten."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s4c.types import placed
+
 ROWS_PER_GROWTH = 256
 
 
@@ -55,7 +57,7 @@ class KVCache:
         end = max(lengths) + pending + count
         self.reserve(slots.stop, end)
         level = lengths[0] + pending if len(set(lengths)) == 1 else None
-        held = torch.tensor(lengths, device=self.device)
+        held = placed(lengths, self.device)
         return CacheView(self.data[:, :, slots], held, count, pending, end, level)
 
     def fixed_view(self, slots: slice, lengths: Tensor, count: int, pending: int, end: int) -> CacheView:
@@ -66,7 +68,7 @@ class KVCache:
         """Commit appended rows of a slot: ascending, counted from the first appended one."""
         start, count = self.lengths[slot], len(rows)
         if rows[-1] != count - 1:
-            index = torch.tensor(rows, device=self.device) + start
+            index = placed(rows, self.device) + start
             self.data[:, :, slot, :, start : start + count] = self.data[:, :, slot, :, index]
         self.lengths[slot] += count
 

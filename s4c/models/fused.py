@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s4c.types import DraftTree, Verdict
+from s4c.types import DraftTree, Verdict, placed
 from s4c.verify.noise import COUNTERS, MULTIPLIERS, ROUNDS, SERIES, STEPS, WORD
 from s4c.verify.scores import ALL_EXCLUDED, NOT_FINITE
 
@@ -37,7 +37,8 @@ def fused_gumbel(seed: int, stream: int, position: int, size: int, device: torch
     out = torch.empty(size, device=device)
     counter = (stream, position & WORD, position >> 32)
     grid = (triton.cdiv(size, BLOCK),)
-    _gumbel[grid](out, seed & WORD, seed >> 32, *counter, size, BLOCK, enable_fp_fusion=False)
+    with torch.cuda.device_of(out):
+        _gumbel[grid](out, seed & WORD, seed >> 32, *counter, size, BLOCK, enable_fp_fusion=False)
     return out
 
 
@@ -50,22 +51,23 @@ def fused_judge(
     logits, tokens, parents, candidate = (
         x.contiguous() for x in (logits, tree.tokens, tree.parents, tree.candidate.to(torch.uint8))
     )
-    cooling = torch.tensor([temperature or 1.0 for temperature in temperatures], device=device)
+    cooling = placed([temperature or 1.0 for temperature in temperatures], device, torch.float32)
     rows = logits
     if noise:
         none = torch.zeros(columns, device=device)
         rows = torch.stack([none if row is None else row for row in noise])
     choice = torch.empty(batch, nodes, dtype=torch.int64, device=device)
     levels = len(noise) // batch
-    _choose[(batch * nodes,)](logits, rows, parents, cooling, choice, nodes, columns, levels, bool(noise), BLOCK)
     paths, chosen = torch.empty(2, batch, nodes, dtype=torch.int64, device=device)
     accepted = torch.empty(batch, dtype=torch.int64, device=device)
     wide = triton.next_power_of_2(nodes)
-    _walk[(batch,)](tokens, parents, candidate, choice, paths, chosen, accepted, nodes, wide)
+    with torch.cuda.device_of(logits):
+        _choose[(batch * nodes,)](logits, rows, parents, cooling, choice, nodes, columns, levels, bool(noise), BLOCK)
+        _walk[(batch,)](tokens, parents, candidate, choice, paths, chosen, accepted, nodes, wide)
     return Verdict(paths, accepted, chosen[:, -1], chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "levels"])
 def _choose(logits, noise, parents, cooling, choice, nodes, columns, levels, NOISY: tl.constexpr, BLOCK: tl.constexpr):
     """The token of one node: where its cooled and noisy logits are highest, of equals the first."""
     row = tl.program_id(0).to(tl.int64)
@@ -93,7 +95,7 @@ def _choose(logits, noise, parents, cooling, choice, nodes, columns, levels, NOI
     tl.store(choice + row, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes"])
 def _walk(tokens, parents, candidate, choice, paths, chosen, accepted, nodes, WIDE: tl.constexpr):
     """Down one tree along the candidates that bear the chosen tokens; what comes after the last is repeated."""
     first = tl.program_id(0) * nodes
@@ -114,8 +116,8 @@ def _walk(tokens, parents, candidate, choice, paths, chosen, accepted, nodes, WI
     tl.store(accepted + tl.program_id(0), count)
 
 
-@triton.jit
-def _gumbel(out, low, high, stream, position, beyond, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["low", "high", "stream", "position", "beyond"])
+def _gumbel(out, low: tl.int64, high: tl.int64, stream, position: tl.int64, beyond, size, BLOCK: tl.constexpr):
     """A row of noise; see `s4c.verify.noise`, whose names these are."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     which = index // _COUNTERS % 4

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s4c.types import placed
+
 
 class GrowingRows:
     """Rows [n, d] float32.
@@ -27,7 +29,7 @@ class GrowingRows:
 
     def take(self, source: Tensor, slot: int, columns: Sequence[int]) -> None:
         """More of them: some of source [B, N, d]."""
-        self.append(source[slot, columns])
+        self.append(source[slot, placed(columns, source.device)])
 
     def last(self, count: int) -> Tensor:
         """The last `count` of them, a view."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s4c.models.adapter import RowTerm
+from s4c.types import placed
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -132,7 +133,7 @@ class GrowingLinear:
 
     def place(self, places: Sequence[int], rows: Tensor) -> None:
         """Put rows [R, inputs] at R places; no place before the highest stays empty."""
-        self._weight[torch.tensor(places, device=self._weight.device)] = rows.float()
+        self._weight[placed(places, self._weight.device)] = rows.float()
         self._count = max(self._count, max(places) + 1)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_target(
         runtime: `native` runs the Llama family on C++ kernels (CPU; float32, bfloat16, int8), `torch` runs the
             same models in torch, `hf` any causal model that takes a tree; `auto` takes the first that can.
         dtype: `float32`, `bfloat16`, `float16` or `int8`; `auto` is float32 on a CPU and bfloat16 on a GPU.
-        device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU where there is one.
+        device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU where there is one, and the CPU for what runs on no other.
         context_length: most tokens of one sequence; None for what the model was made for.
 
     Raises:
@@ -134,7 +134,8 @@ def load_target(
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is not known; it must be one of {', '.join(RUNTIMES)}")
-    place = choose_device(device)
+    only_on_cpu = runtime == "native" or str(dtype).removeprefix("torch.") == "int8"
+    place = choose_device("cpu" if only_on_cpu and device == "auto" else device)
     number = choose_dtype(dtype, place)
     directory = resolve(name)
     config = load_config(directory)
@@ -209,7 +210,8 @@ def choose_runtime(wanted: str, config: Any, dtype: torch.dtype, device: torch.d
         return "native", f"the fastest; C++ kernels for {library.instruction_set()}"
     if wanted == "native" or dtype == torch.int8:
         what = "runtime native" if wanted == "native" else "dtype int8"
-        raise ValueError(f"{what} cannot be used here: {problem}; use runtime auto with float32 or bfloat16")
+        advice = "use runtime auto with float32 or bfloat16" + (" or device cpu" if device.type != "cpu" else "")
+        raise ValueError(f"{what} cannot be used here: {problem}; {advice}")
     if wanted == "auto":
         return ("hf" if other is not None else "torch"), problem
     return wanted, problem

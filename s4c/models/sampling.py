@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -30,5 +32,16 @@ def judge_kernel(device: torch.device, native: bool = False) -> Judge | None:
     return native_judge if native else None
 
 
+@cache
 def _fuses(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether Triton is there and can compile; it needs a C compiler, and says so when the first kernel runs."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from s4c.models.fused import fused_gumbel
+
+    try:
+        fused_gumbel(0, 0, 0, 1, device)
+    except Exception as failure:
+        warnings.warn(f"Triton cannot be used here, so sampling is slower: {failure}", stacklevel=2)
+        return False
+    return True

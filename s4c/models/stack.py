@@ -19,10 +19,11 @@ from torch import Tensor
 from s4c.models.adapter import AdaptedRows
 from s4c.models.cache import ROWS_PER_GROWTH, CacheView, KVCache
 from s4c.models.layers import NO_TERMS, DecoderLayer, Join, LayerShape, RMSNorm, Rotary, grouped_mask, opened, pack
-from s4c.models.recorded import Recorded
+from s4c.models.recorded import Recordings
+from s4c.types import placed
 from s4c.verify.tree import ancestors
 
-MOST_RECORDED, MOST_RECORDINGS = 64, 128
+MOST_RECORDED, MOST_RECORDINGS = 64, 512
 """Uncommitted rows of a slot up to which passes are recorded on a GPU, and recordings that are kept."""
 
 
@@ -153,7 +154,7 @@ class TorchStack(Stack):
         if join is not None:
             join.linear.pack(dtype)
         self._layers: dict[int, DecoderLayer] = {}
-        self._recorded: dict[tuple[object, ...], Recorded] = {}
+        self._recordings = Recordings(device)
         self._recorded_of: Tensor | None = None
         self.records = device.type == "cuda"
         self._cache = KVCache(layers, shape.kv_heads, shape.head_dim, dtype, device)
@@ -193,19 +194,17 @@ class TorchStack(Stack):
         self.reserve(slots.stop, max(self.lengths[slots]) + pending + fixed)
         end = -(-(max(self.lengths[slots]) + pending + fixed) // ROWS_PER_GROWTH) * ROWS_PER_GROWTH
         filled = F.pad(x, (0, 0, 0, fixed - count)), F.pad(parents, (0, fixed - count), value=-1)
-        inputs = (*filled, torch.tensor(self.lengths[slots], device=x.device))
+        inputs = (*filled, placed(self.lengths[slots], x.device))
         key = (slots.start, x.shape[0], fixed, pending, end, tuple(taps))
-        moved = self._recorded_of is not self._cache.data
-        if moved or key not in self._recorded:
-            if moved or len(self._recorded) == MOST_RECORDINGS:
-                self._recorded, self._recorded_of = {}, self._cache.data
+        if self._recorded_of is not self._cache.data or len(self._recordings) > MOST_RECORDINGS:
+            self._recordings.forget()
+            self._recorded_of = self._cache.data
 
-            def fixed_pass(x: Tensor, parents: Tensor, lengths: Tensor) -> Tensor:
-                view = self._cache.fixed_view(slots, lengths, fixed, pending, end)
-                return self._pass(x, parents, view, pending, self._dtype, None, taps)
+        def fixed_pass(x: Tensor, parents: Tensor, lengths: Tensor) -> Tensor:
+            view = self._cache.fixed_view(slots, lengths, fixed, pending, end)
+            return self._pass(x, parents, view, pending, self._dtype, None, taps)
 
-            self._recorded[key] = Recorded(fixed_pass, inputs)
-        return self._recorded[key](*inputs)[:, :count]
+        return self._recordings.run(key, fixed_pass, inputs)[:, :count]
 
     def _pass(
         self,
@@ -244,7 +243,7 @@ class TorchStack(Stack):
 
     def twin(self) -> TorchStack:
         twin = copy.copy(self)
-        twin._recorded, twin._recorded_of = {}, None
+        twin._recordings, twin._recorded_of = Recordings(self._cache.device), None
         twin._cache = self._cache.twin()
         twin.lengths = twin._cache.lengths
         return twin

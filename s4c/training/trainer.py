@@ -23,12 +23,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor
 
 from s4c.drafters.base import DraftModel, Served, TrainingBatch
@@ -44,7 +45,10 @@ from s4c.training.perplexity import perplexity
 from s4c.training.simulate import HeadAcceptance, simulate
 from s4c.verify.tree import TreePlan
 
-AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
+"""float16 would lose gradients: they are means over thousands of positions, and nothing scales them."""
+LONGEST_WAIT = timedelta(hours=12)
+"""Of the other processes, while the first one computes the features of all the text."""
 ENOUGH_GREEDY = 8
 """With fewer held-out rows at temperature 0 than this, validation takes rows of any temperature."""
 
@@ -70,7 +74,7 @@ class TrainConfig:
             probable anywhere in the batch; 0 for all.
         echo_loss: whether the loss is of the law that a drafter has with its echo, not of its heads' own.
         weights: of the loss.
-        autocast: `none`, `bfloat16` or `float16`: precision of the drafter's matrix products.
+        autocast: `none` or `bfloat16`: precision of the drafter's matrix products.
         features: `cache` or `fly`, see features.py.
         held_out: share of the prompts kept for validation, 0 for none.
         validation_rows: most rows of a validation.
@@ -218,7 +222,8 @@ class Trainer:
             )
         if config.echo_loss and not model.echo:
             raise ValueError(f"echo_loss is of a drafter with an echo, and this {method} has none; leave it away")
-        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
+        patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+        self.accelerator = Accelerator(cpu=target.device.type == "cpu", kwargs_handlers=[patient])
         self.main = self.accelerator.is_main_process
         self.target = target
         self.method = method

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s4c.types import DraftTree, SamplingParams, Verdict
+from s4c.types import DraftTree, SamplingParams, Verdict, placed
 from s4c.verify import tree as trees
 from s4c.verify.noise import TARGET_STREAM, NoiseTable
 
@@ -104,13 +104,13 @@ class Scores:
             return None
         noise: list[Tensor | None] = []
         if not self.greedy:
-            levels = 1 + max(max(trees.listed_depths(parents)) for parents in tree.parents.tolist())
+            levels = 1 + max(max(trees.listed_depths(parents)) for _, parents, *_ in trees.lines(tree))
             noise = [self.noise_row(b, len(line) + d) for b, line in enumerate(self.tokens) for d in range(levels)]
         return self._judge(tree, logits, [request.temperature for request in self.params], noise)
 
     def positions_after(self, tree: DraftTree) -> Tensor:
         """[B, N] int64: the position of the token that follows each node."""
-        lengths = torch.tensor([[len(tokens)] for tokens in self.tokens], device=tree.tokens.device)
+        lengths = placed([[len(tokens)] for tokens in self.tokens], tree.tokens.device)
         return lengths if tree.size == 1 else lengths + trees.depths(tree.parents)
 
     def noise(self, positions: Tensor, stream: int = TARGET_STREAM, token_ids: Tensor | None = None) -> Tensor | None:
@@ -145,15 +145,15 @@ class Scores:
 
     def _warp(self, logits: Tensor) -> Tensor:
         """Temperature, top-k, top-p, min-p; rows at temperature 0 are left as they are."""
-        column = logits.new_tensor([p.temperature or 1.0 for p in self.params])
+        column = placed([p.temperature or 1.0 for p in self.params], logits.device, logits.dtype)
         logits = logits / column[:, None, None]
         sampled = [p if p.temperature > 0 else SamplingParams() for p in self.params]
         if any(p.top_k for p in sampled):
             logits = keep_top_k(logits, [p.top_k for p in sampled])
         if any(p.top_p < 1 for p in sampled):
-            logits = keep_top_p(logits, logits.new_tensor([p.top_p for p in sampled])[:, None])
+            logits = keep_top_p(logits, placed([p.top_p for p in sampled], logits.device, logits.dtype)[:, None])
         if any(p.min_p > 0 for p in sampled):
-            floor = logits.new_tensor([p.min_p for p in sampled]).log()[:, None, None]
+            floor = placed([p.min_p for p in sampled], logits.device, logits.dtype).log()[:, None, None]
             logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + floor, -torch.inf)
         return logits
 
@@ -174,7 +174,7 @@ class Scores:
         everything = torch.zeros(batch, self.vocab_size, device=self.device)
         generated = torch.zeros_like(everything)
         for row, (tokens, start) in enumerate(zip(self.tokens, self._prompt_lengths, strict=True)):
-            history = torch.tensor(tokens, device=self.device)
+            history = placed(tokens, self.device)
             everything[row] = torch.bincount(history, minlength=self.vocab_size)
             generated[row] = torch.bincount(history[start:], minlength=self.vocab_size)
         everything = everything[:, None].repeat(1, nodes, 1)
@@ -187,7 +187,7 @@ class Scores:
             everything, generated = everything[..., token_ids], generated[..., token_ids]
 
         def per_request(name: str) -> Tensor:
-            return logits.new_tensor([getattr(p, name) for p in self.params])[:, None, None]
+            return placed([getattr(p, name) for p in self.params], logits.device, logits.dtype)[:, None, None]
 
         repetition = per_request("repetition_penalty")
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -205,7 +205,7 @@ class Scores:
         banned = torch.zeros(batch, nodes, self.vocab_size, dtype=torch.bool, device=self.device)
         for row, request in enumerate(self.params):
             for word in request.bad_words:
-                before = torch.tensor(word[:-1], dtype=torch.int64, device=self.device)
+                before = placed(word[:-1], self.device, torch.int64)
                 ends = (suffix[row, :, longest - len(before) :] == before).all(-1)
                 banned[row, :, word[-1]] |= ends
         if token_ids is not None:
@@ -215,7 +215,7 @@ class Scores:
     def _suffixes(self, nodes: int, length: int, path_tokens: Tensor | None, path_mask: Tensor | None) -> Tensor:
         """[B, N, length] int64: the last tokens up to and including each node; -1 before the beginning."""
         pad = [-1] * length
-        history = torch.tensor([(pad + list(t))[len(t) :] for t in self.tokens], dtype=torch.int64, device=self.device)
+        history = placed([(pad + list(t))[len(t) :] for t in self.tokens], self.device, torch.int64)
         suffix = history[:, None].repeat(1, nodes, 1)
         if path_tokens is None or path_mask is None or length == 0:
             return suffix
@@ -246,9 +246,9 @@ def keep_top_k(logits: Tensor, top_k: Sequence[int]) -> Tensor:
     if largest == 0:
         return logits
     highest = logits.topk(largest, dim=-1).values
-    index = torch.tensor([min(k, largest) - 1 for k in limits], device=logits.device)
+    index = placed([min(k, largest) - 1 for k in limits], logits.device)
     floor = highest.gather(-1, index[:, None, None].expand(-1, logits.shape[1], 1))
-    off = torch.tensor([k == size for k in limits], device=logits.device)[:, None, None]
+    off = placed([k == size for k in limits], logits.device)[:, None, None]
     return logits.masked_fill((logits < floor) & ~off, -torch.inf)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s4c.types import DraftTree
+from s4c.types import DraftTree, placed
 from s4c.verify.noise import CPU
 
 MOST_NODES = 1024
@@ -160,7 +160,7 @@ class ListedTree(DraftTree):
         if name == "sampled":
             made = torch.zeros(len(self._rows), dtype=torch.bool, device=self._device)
         elif name in _PARTS:
-            made = torch.tensor([row[_PARTS.index(name)] for row in self._rows], device=self._device)
+            made = placed([row[_PARTS.index(name)] for row in self._rows], self._device)
         else:
             raise AttributeError(f"a draft tree has no {name}")
         setattr(self, name, made)
@@ -428,10 +428,8 @@ class TreeBuilder:
         Args:
             sampled: [B] bool, for the tree of that name; None where no row is.
         """
-        if sampled is None:
-            sampled = torch.zeros(self.tokens.shape[0], dtype=torch.bool, device=self.tokens.device)
         if self.plan.kind == "best":
-            assert not sampled.any(), "the shape of a best tree depends on its draws"
+            assert sampled is None, "the shape of a best tree depends on its draws"
             assert not self._laws, "the laws of a best tree are not kept"
             # Stable: of equals the earlier one, so no node is kept without its parent.
             order = self.path.argsort(stable=True, dim=1, descending=True)
@@ -439,6 +437,8 @@ class TreeBuilder:
             self.tokens, self.path = self.tokens.gather(1, kept), self.path.gather(1, kept)
             self.parents = torch.searchsorted(kept, self.parents.gather(1, kept))
             self.parents[:, 0] = -1
+        if sampled is None:
+            sampled = torch.zeros(self.tokens.shape[0], dtype=torch.bool, device=self.tokens.device)
         candidate = self.path.isfinite()
         candidate[:, 0] = False
         log_q = self._log_q(self.tokens.shape[1])

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from s4c.types import DraftTree, TargetOutput, Verdict
+from s4c.types import DraftTree, TargetOutput, Verdict, placed
 from s4c.verify import tree as trees
 from s4c.verify.rules import RULES, Rule, follow, rule_named
 from s4c.verify.scores import Scores
@@ -32,7 +32,7 @@ def typical(tree: DraftTree, output: TargetOutput, scores: Scores) -> Verdict:
     processed = scores.process_tree(output.logits, tree)
     choice = scores.choice(output.logits, tree)
     stands, log_p = typical_nodes(processed.log_softmax(-1), tree)
-    warm = torch.tensor([request.temperature > 0 for request in scores.params], device=choice.device)
+    warm = placed([request.temperature > 0 for request in scores.params], choice.device)
     return follow(tree, force(choice, tree, longest_path(stands & warm[:, None], log_p, tree)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from s4c.types import Verdict
+from s4c.types import Verdict, placed
 
 
 class ListedVerdict(Verdict):
@@ -32,7 +32,7 @@ class ListedVerdict(Verdict):
             "bonus": [tokens[-1] for _, tokens in self.lines],
             "tokens": [tokens + tokens[-1:] * (longest - len(tokens)) for _, tokens in self.lines],
         }
-        made = torch.tensor(numbers[name], device=self._device)
+        made = placed(numbers[name], self._device)
         setattr(self, name, made)
         return made
 

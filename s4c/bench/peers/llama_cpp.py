@@ -41,6 +41,8 @@ class LlamaCpp(Contestant):
         self.same_weights = same_weights
         self.setting = setting
         library = _library()
+        if setting.device != "cpu" and not library.llama_supports_gpu_offload():
+            raise Unavailable("llama-cpp-python is built without CUDA; build it with CMAKE_ARGS=-DGGML_CUDA=on")
         whole = {"type_k": F32, "type_v": F32} if setting.dtype == "float32" and same_weights else {}
         try:
             self.model: Any = library.Llama(
@@ -48,6 +50,7 @@ class LlamaCpp(Contestant):
                 n_ctx=min(setting.context_length, 8192),
                 n_threads=setting.threads,
                 n_threads_batch=setting.threads,
+                n_gpu_layers=0 if setting.device == "cpu" else -1,
                 verbose=False,
                 **whole,
             )
