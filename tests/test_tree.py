@@ -243,6 +243,26 @@ def test_nodes_whose_children_could_not_be_kept_are_not_expanded() -> None:
     check_contract(full.finish())
 
 
+@given(st.integers(0, 10_000), st.integers(2, 12), st.integers(1, 4), st.sampled_from([0.3, 1.5, 4.0, 1e3]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_tree_is_the_same_where_nobody_looks(seed: int, nodes: int, depth: int, scale: float) -> None:
+    plan = TreePlan.parse(f"best:{nodes}x{depth}")
+    model, widths, trees = tiny_model(seed, 6, scale), [], []
+    for waits in (True, False):
+        builder = plan.grow(torch.tensor([7]))
+        assert builder.waits, "on a CPU"
+        builder.waits = waits
+        while builder.open:
+            tokens, parents = builder.tokens[0].tolist(), builder.parents[0].tolist()
+            paths = [tuple(tokens[s] for s in path_to(parents, node)) for node in builder.frontier[0].tolist()]
+            builder.extend(torch.stack([model((7, *path)) for path in paths])[None])
+            widths.append(builder.frontier.shape[1])
+        trees.append(builder.finish())
+    assert widths[-depth:] == [min(4, min(plan.width, 6) ** (level + 1)) for level in range(depth)]
+    assert paths_of(trees[0]) == paths_of(trees[1])
+    assert torch.equal(trees[0].candidate, trees[1].candidate)
+
+
 def test_a_frontier_is_as_wide_as_the_tree_of_a_batch_that_wants_most() -> None:
     """Of the flat law no child beats the last one that is kept; of the sharp one a single child does."""
     sharp, flat = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]]).log()

@@ -355,11 +355,14 @@ class TreeBuilder:
         tokens: [B, M] int64, the tokens of the pool, the root first.
         parents: [B, M] int64, the pool columns of the parents.
         path: [B, M] float32, the log of the probability that the drafter gives to the path down to each node.
+        waits: whether to look which nodes of a `best` tree are worth an expansion. The tree is the same without, unless
+            the plan has a floor; on a GPU a few more rows take no time, and the look waits for all before it.
     """
 
     def __init__(self, plan: TreePlan, roots: Tensor, select: Select) -> None:
         self.plan = plan
         self._select = select
+        self.waits = roots.device.type == "cpu" or plan.floor > -math.inf
         self.level = 0
         self.tokens = roots[:, None]
         self.parents = torch.full_like(self.tokens, -1)
@@ -404,8 +407,9 @@ class TreeBuilder:
         self.level += 1
         if self.plan.kind == "best":
             likely = path.flatten(1).topk(min(EXPANDED_PER_LEVEL, expanded * width), dim=1)
-            wanted = int(self._hopeful(likely.values).sum(1).max())
-            self.frontier = first + likely.indices[:, :wanted]
+            self.frontier = first + likely.indices
+            if self.waits:
+                self.frontier = self.frontier[:, : int(self._hopeful(likely.values).sum(1).max())]
         else:
             self.frontier = torch.full((batch, 1), first, device=tokens.device)
 
