@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import combinations
@@ -19,6 +20,7 @@ from test_engine import PROMPTS, SETTINGS, Prophet, s4c_drafter
 from s4c import LLM, SamplingParams
 from s4c.drafters.combined import CombinedDrafter
 from s4c.drafters.ngram import NgramDrafter
+from s4c.engine.acceptance import Row
 from s4c.engine.costs import CONTEXT, Costs, Prices
 from s4c.engine.planner import CLEARLY, DEEPEST, MARGIN, POOL, REPRICED, CostPlanner
 from s4c.types import DraftTree, Verdict
@@ -259,6 +261,40 @@ def test_it_finds_out_that_passes_were_measured_in_a_bad_moment() -> None:
         best, text = (Text(p, seed, true).run(100, 0.8) for p in (knowing, planner))
         lost.append(text.seconds / text.tokens / (best.seconds / best.tokens) - 1)
     assert sum(lost[2:]) / 4 < 0.03
+
+
+@pytest.mark.parametrize("rounds", [60, 200])
+@pytest.mark.parametrize("cores", [1.5, 2.0, 3.0])
+def test_cores_that_are_slow_at_once_are_not_taken_for_slow_memory(cores: float, rounds: int) -> None:
+    """If they are, nodes cost nothing, and trees grow beyond what passes tell of the memory: with cores of a third of
+    the speed that took three times as long as the best size. Then they are as fast as before.
+    """
+    reading = {n: 1.0 + 0.01 * n for n in range(1, 33)}
+    multiplying = {n: 0.11 * n for n in range(1, 33)}
+
+    def true(slower: float) -> Costs:
+        return Costs({n: (reading[n] ** 8 + (slower * multiplying[n]) ** 8) ** (1 / 8) for n in reading}, LEVELS)
+
+    def brought(nodes: int) -> float:
+        return 1 + 0.7 * math.log(nodes)
+
+    planner, chance = CostPlanner(Costs(true(1.0).passes, LEVELS)), random.Random(0)
+    chances = [brought(n) - brought(n - 1) for n in range(2, POOL + 1)]
+    row = Row([], [], [], [], [], [0.0, *chances])
+    spent = least = 0.0
+    for slower, count in ((1.0, 60), (cores, rounds), (1.0, 100)):
+        machine = true(slower)
+        best = max(brought(n) / machine.round(1, n, 4) for n in range(2, POOL + 1))
+        for _ in range(count):
+            planner.plan([CONTEXT])
+            planner._round.told = 4
+            size = planner._size([row])
+            seconds = seconds_of(machine, size, 4)
+            seconds["verify"] *= math.exp(chance.gauss(0, 0.05))
+            planner.costs.observe(1, size, 4, seconds)
+            spent += sum(seconds.values())
+            least += brought(size) / best
+    assert spent < 1.25 * least
 
 
 def test_prices_are_asked_seldom_while_drafting_and_before_each_try() -> None:

@@ -111,6 +111,11 @@ class Costs:
             self._pace.now * self._probing.middle,
         )
 
+    @property
+    def astray(self) -> bool:
+        """Whether the last pass was far from its price: one over few tokens would tell why (engine/pace.py)."""
+        return self._pace.astray
+
     def look(self, tokens: int, seconds: float, times: int) -> None:
         """Take in the median of so many passes like those that were measured, apart from any round."""
         for _ in range(times):

@@ -24,10 +24,10 @@ A drafter with probes drafts for the round after: l says whether it hangs them, 
 have drafted is checked as far as it is worth its pass, whatever l is.
 
 What is not tried is not known. Now and then a tree is a little smaller than the best one (`LOOK`), for what a node
-costs is seen in trees of several sizes. Where nothing is drafted, the planner tries all the same, but spends no more
-than `TRYING` of the time on what the tries lose; what they win is spent on further ones, so it returns quickly when the
-text changes. An estimate of a level that is not drafted, though the one before was right, fades to that of the one
-before.
+costs is seen in trees of several sizes, and after a pass far from its price it has `FEW` tokens. Where nothing is
+drafted, the planner tries all the same, but spends no more than `TRYING` of the time on what the tries lose; what they
+win is spent on further ones, so it returns quickly when the text changes. An estimate of a level that is not drafted,
+though the one before was right, fades to that of the one before.
 
 Lossless: under the coupled rule the output does not depend on the trees at all. Under the rejection rule it is exact in
 law when a tree is a function of the committed text, of the drafter's laws below it, and of randomness that the
@@ -76,6 +76,9 @@ LEVEL_PRIOR = 0.6
 
 LOOK, LESS = 24, 2
 """In each so manieth round a tree has so many nodes less than the best one."""
+
+FEW = 4
+"""Tokens of a pass that tells how fast the memory is."""
 
 REPRICED = 4
 """Rounds after which it is asked again what they cost, and where nothing is drafted how long they took."""
@@ -179,7 +182,7 @@ class CostPlanner:
         if self._rest and alike and self._credit < self._round.stake:
             self._round.rows = None
             return self._rest  # for where nothing is drafted nothing is learnt
-        known = alike and not self._rest and self._rounds % REPRICED
+        known = alike and not self._rest and self._rounds % REPRICED and not self.costs.astray
         prices = self._round.prices if known else self.costs.prices(batch, self.pool, further)
         self._round = _Round(batch, prices, further)
         if self._accompanied:  # it is decided when the other drafter has found what it finds
@@ -209,9 +212,7 @@ class CostPlanner:
             deepest = max(now.levels, *(max(row.depths) for row in now.rows))
             now.told = min(deepest, DEEPEST) if tree.size > 1 else 0
         now.first = 1 << (believing - 1)
-        now.size, _, _ = self._best(now.rows, now.levels, now.told)
-        if self._rounds % LOOK == 0 and now.size - LESS > 1:
-            now.size -= LESS
+        now.size = self._size(now.rows)
         self._largest = max(now.size, self._largest - RECEDING)
         columns = range(1, tree.size)
         orders = [sorted(columns, key=row.chances.__getitem__, reverse=True) for row in now.rows]
@@ -244,6 +245,13 @@ class CostPlanner:
     def _beside(self, levels: int) -> int:
         """Rows of probes in the pass of a round that drafts that many levels."""
         return self.probes if levels else 0
+
+    def _size(self, rows: Sequence[Row]) -> int:
+        """The size of the trees of this round: that of the best ones, or one that tells more."""
+        size, _, _ = self._best(rows, self._round.levels, self._round.told)
+        if self._rounds % LOOK == 0 and size - LESS > 1:
+            size -= LESS
+        return min(size, max(2, FEW // self._round.batch)) if self.costs.astray else size
 
     def _best(self, rows: Sequence[Row], levels: int, told: int) -> tuple[int, float, float]:
         """The size of the trees that makes the formula highest, the tokens expected of it and its seconds."""
