@@ -436,6 +436,10 @@ class WildCosts(Costs):
 
         return Prices(some(most + 1), some(DEEPEST + 1), 0.0, self.random.random())
 
+    @property
+    def astray(self) -> bool:
+        return self.random.random() < 0.1
+
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
