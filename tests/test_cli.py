@@ -138,6 +138,11 @@ def test_each_process_of_a_training_takes_its_own_gpu(device: str, monkeypatch: 
     assert own_gpu("cpu") == "cpu"
 
 
+def test_help_tells_the_forms_of_trees_as_errors_do() -> None:
+    for tree in (options.Tree, options.RecommendedTree):
+        assert TreePlan.FORMS in tree.__metadata__[0].help
+
+
 def test_an_unknown_target_is_named() -> None:
     assert "target '/nowhere' does not exist" in run("generate", "x", "--target", "/nowhere", code=2).stderr
 

@@ -128,7 +128,7 @@ def test_what_no_pass_tells_of_goes_back_to_what_was_measured() -> None:
 def test_a_pass_far_from_its_price_is_told_from_one_that_varies() -> None:
     costs = Costs({n: machine(n) for n in SIZES}, dict.fromkeys(LEVELS, 0.0))
     for quotient, astray in ((1.0, False), (1.2, False), (1.6, True), (1.0, False), (0.6, True)):
-        rounds(costs, lambda _, size, quotient=quotient: quotient * machine(size), [8])  # type: ignore[misc]
+        costs.observe(1, 8, 2, dict.fromkeys(STEPS, 0.0) | {"verify": quotient * machine(8)})
         assert costs.astray == astray
 
 

@@ -19,7 +19,7 @@ from s4c.verify.noise import gumbel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[3, 14, 15, 9, 26, 5], [8, 2], [40, 41, 40, 41, 40, 41]]
-ROUNDS = 60
+TOKENS = 60
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def s4c_drafter(llm: LLM) -> Any:
 
 
 def answers(llm: LLM, temperature: float) -> list[list[int]]:
-    params = SamplingParams(max_new_tokens=ROUNDS, ignore_eos=True, temperature=temperature, seed=7)
+    params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True, temperature=temperature, seed=7)
     return [g.token_ids for g in llm.generate(PROMPTS, params)]
 
 
